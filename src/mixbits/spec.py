@@ -22,9 +22,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mixbits.errors import FormatError, SpecError
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT_VERSION = 1
 HEADER_MULTIPLE = 64
@@ -53,7 +56,7 @@ class QuantSpec:
     """How one unit is stored. ``QuantSpec(2)`` is the 2-bit half-step grid with one scale per output row."""
 
     bit_width: float
-    grid: Grid = cast(Grid, "")
+    grid: Grid = ""  # type: ignore[assignment]
     granularity: Granularity = "row"
 
     def __post_init__(self) -> None:
@@ -63,10 +66,16 @@ class QuantSpec:
             raise SpecError(f"unknown grid {self.grid!r}; expected one of {', '.join(_WIDTHS)}")
         if self.bit_width not in _WIDTHS[self.grid]:
             widths = ", ".join(f"{w:g}" for w in _WIDTHS[self.grid])
-            hint = " (the papers' 2-bit table is ternary: use 1.58)" if (self.bit_width, self.grid) == (2, "papers") else ""
+            hint = (
+                " (the papers' 2-bit table is ternary: use 1.58)"
+                if (self.bit_width, self.grid) == (2, "papers")
+                else ""
+            )
             raise SpecError(f"bit width {self.bit_width!r} does not exist on grid {self.grid!r}; it has {widths}{hint}")
         if self.granularity not in ("row", "tensor"):
-            raise SpecError(f"granularity is {self.granularity!r}; expected 'row' (one scale per output row) or 'tensor'")
+            raise SpecError(
+                f"granularity is {self.granularity!r}; expected 'row' (one scale per output row) or 'tensor'"
+            )
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -183,7 +192,9 @@ class BitAllocation:
                 f"e.g. {', '.join(sorted(known)[:3])}"
             )
         if missing:
-            raise SpecError(f"allocation misses unit(s) {', '.join(missing[:5])}; every unit needs a spec (16 keeps float16)")
+            raise SpecError(
+                f"allocation misses unit(s) {', '.join(missing[:5])}; every unit needs a spec (16 keeps float16)"
+            )
 
     @classmethod
     def uniform(cls, inventory: ModelInventory, spec: QuantSpec) -> BitAllocation:
@@ -203,9 +214,13 @@ class BitAllocation:
     def from_json(cls, data: Any, *, where: str = "allocation") -> BitAllocation:
         """Inverse of :meth:`to_json`. Raises FormatError or SpecError naming ``where``."""
         if not isinstance(data, dict) or data.get("format") != "mixbits-allocation":
-            raise FormatError(f"{where}: not a mixbits allocation; expected a JSON object with format 'mixbits-allocation'")
+            raise FormatError(
+                f"{where}: not a mixbits allocation; expected a JSON object with format 'mixbits-allocation'"
+            )
         if data.get("format_version") != FORMAT_VERSION:
-            raise FormatError(f"{where}: format_version is {data.get('format_version')!r}; this mixbits reads {FORMAT_VERSION}")
+            raise FormatError(
+                f"{where}: format_version is {data.get('format_version')!r}; this mixbits reads {FORMAT_VERSION}"
+            )
         specs = data.get("specs")
         if not isinstance(specs, dict):
             raise FormatError(f"{where}: 'specs' is missing or not an object of unit name -> spec")
@@ -213,6 +228,19 @@ class BitAllocation:
             return cls({str(k): QuantSpec.parse(v) for k, v in specs.items()}, data.get("provenance") or {})
         except SpecError as error:
             raise SpecError(f"{where}: {error}") from None
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A unit's trained weight: what training hands to packing.
+
+    ``codes``: uint8 tensor (rows, cols), indices into ``spec.levels``; ``scales``: float32 tensor (num_scales,) whose values
+    are exactly representable in float16. The weight is ``levels[codes] * scale``, computed in float32.
+    """
+
+    spec: QuantSpec
+    codes: torch.Tensor
+    scales: torch.Tensor
 
 
 @dataclass(frozen=True)
