@@ -1,0 +1,254 @@
+"""Rescore n-best lists with any language model that is given as a callable.
+
+Two steps that can be run apart: :func:`lm_features` scores every hypothesis (slow, needs the model) and
+:func:`apply_weights` combines the features and sorts (fast, needs only weights). :func:`rescore` does both.
+
+The model side gives ``encode`` (text → token ids, from the sentence boundary to the sentence end) and either
+``score_forest`` (:class:`mixbits.asr.trie.TokenForest` → log p(token | ancestors) per node, 0 at roots) or
+``score_hypotheses`` (token sequences → summed log-probability of each), the slow twin. A ``max_length`` attribute of
+the scorer is the longest sequence (all ids counted) it takes; a longer hypothesis is refused by name, never cut.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from mixbits.asr.features import FeatureTable, feature_table, has_lm_score
+from mixbits.asr.nbest import NBest, list_offsets
+from mixbits.asr.trie import TokenForest, plan_forests
+from mixbits.asr.weights import Weights, check_no_overlap
+from mixbits.errors import DataError, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Encode = Callable[[str], Sequence[int]]
+ScoreForest = Callable[[TokenForest], npt.ArrayLike]
+ScoreHypotheses = Callable[[Sequence[Sequence[int]]], npt.ArrayLike]
+CountUnknown = Callable[[str], int]
+
+DEFAULT_MAX_TOKENS = 4096
+_NAIVE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class LmFeatures:
+    """LM scores of all hypotheses, lists in order; arrays have shape (num_hypotheses,).
+
+    ``num_tokens`` counts scored tokens (sentence ends included), ``num_nodes`` what was computed for them in all.
+    """
+
+    neural_lm_score: npt.NDArray[np.float64]
+    num_unknown: npt.NDArray[np.int64]
+    num_tokens: npt.NDArray[np.int64]
+    num_nodes: int
+    seconds: float
+
+    @property
+    def shared(self) -> float:
+        """Distinct prefixes over tokens: the share of the work that prefix sharing leaves."""
+        total = int(self.num_tokens.sum())
+        return self.num_nodes / total if total else 1.0
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """``lists`` sorted by total score; ``picks`` (num_lists,) is the old rank (from 0) of each new one-best."""
+
+    lists: tuple[NBest, ...]
+    picks: npt.NDArray[np.int64]
+
+    @property
+    def one_best(self) -> list[str]:
+        """The text of each new one-best."""
+        return [entry.one_best.text for entry in self.lists]
+
+
+def lm_features(
+    lists: Sequence[NBest],
+    *,
+    encode: Encode,
+    score_forest: ScoreForest | None = None,
+    score_hypotheses: ScoreHypotheses | None = None,
+    count_unknown: CountUnknown | None = None,
+    max_tokens_per_forest: int = DEFAULT_MAX_TOKENS,
+    progress: bool = False,
+) -> LmFeatures:
+    """Score every hypothesis with the language model.
+
+    Args:
+        encode: text → ids, first the boundary token; must not be empty.
+        score_forest, score_hypotheses: exactly one of the two.
+        count_unknown: text → number of words outside the LM's vocabulary; None counts zero.
+        max_tokens_per_forest: bound on trees × nodes of the largest tree given to ``score_forest`` at once.
+        progress: show a bar with rate and time left on stderr.
+
+    Raises:
+        DataError: a hypothesis longer than the scorer takes (named), scores of wrong shape or not finite.
+    """
+    if (score_forest is None) == (score_hypotheses is None):
+        raise SpecError("give exactly one of score_forest and score_hypotheses")
+    if max_tokens_per_forest < 2:
+        raise SpecError(f"max_tokens_per_forest must be at least 2, got {max_tokens_per_forest}")
+    started = time.perf_counter()
+    sequences = _encode_all(lists, encode, getattr(score_forest or score_hypotheses, "max_length", None))
+    offsets = list_offsets(lists)
+    num_tokens = np.array([len(ids) - 1 for entry in sequences for ids in entry], dtype=np.int64)
+    scores = np.empty(int(offsets[-1]))
+    with _progress_bar(len(scores), enabled=progress) as advance:
+        if score_forest is not None:
+            num_nodes = _score_forests(sequences, offsets, score_forest, max_tokens_per_forest, scores, advance)
+        else:
+            assert score_hypotheses is not None
+            _score_naively(sequences, score_hypotheses, scores, advance)
+            num_nodes = int(num_tokens.sum())
+    num_unknown = np.zeros(len(scores), dtype=np.int64)
+    if count_unknown is not None:
+        num_unknown[:] = [count_unknown(hypothesis.text) for entry in lists for hypothesis in entry.hypotheses]
+    return LmFeatures(scores, num_unknown, num_tokens, num_nodes, time.perf_counter() - started)
+
+
+def features_of(lists: Sequence[NBest], lm: LmFeatures | None) -> FeatureTable:
+    """The feature table of lists with their LM scores (None: first-pass features only)."""
+    if lm is None:
+        return feature_table(lists)
+    return feature_table(lists, neural_lm_score=lm.neural_lm_score, num_unknown=lm.num_unknown)
+
+
+def apply_weights(
+    lists: Sequence[NBest], lm: LmFeatures | None, weights: Weights, *, allow_overlap: bool = False
+) -> Rescored:
+    """Sort every list by total score, highest first (equals keep their order).
+
+    ``total_score`` and, with ``lm``, ``neural_lm_score`` are stored in each hypothesis' ``extra`` and so written out.
+
+    Raises:
+        DataError: lists that the weights were tuned on, or weights for a score that the lists do not have.
+    """
+    check_no_overlap(weights, lists, allow_overlap=allow_overlap)
+    if weights.first_pass_lm_scale != 0 and not has_lm_score(lists):
+        raise DataError("the weights use a first-pass lm_score, which these lists do not have; tune without it")
+    if weights.neural_lm_scale != 0 and lm is None:
+        raise DataError("the weights use a language model's score, and none was computed; give the model")
+    table = features_of(lists, lm)
+    total = table.total_scores(weights.as_array())
+    rescored, picks = [], []
+    for entry, start, stop in zip(lists, table.offsets[:-1], table.offsets[1:], strict=True):
+        order = np.argsort(-total[start:stop], kind="stable")
+        hypotheses = []
+        for rank in order:
+            row = start + rank
+            extra = {**entry.hypotheses[rank].extra, "total_score": float(total[row])}
+            if lm is not None:
+                extra["neural_lm_score"] = float(lm.neural_lm_score[row])
+            hypotheses.append(replace(entry.hypotheses[rank], extra=extra))
+        rescored.append(replace(entry, hypotheses=tuple(hypotheses)))
+        picks.append(int(order[0]))
+    return Rescored(tuple(rescored), np.asarray(picks, dtype=np.int64))
+
+
+def rescore(
+    lists: Sequence[NBest],
+    *,
+    weights: Weights,
+    encode: Encode,
+    score_forest: ScoreForest | None = None,
+    score_hypotheses: ScoreHypotheses | None = None,
+    count_unknown: CountUnknown | None = None,
+    max_tokens_per_forest: int = DEFAULT_MAX_TOKENS,
+    allow_overlap: bool = False,
+    progress: bool = False,
+) -> Rescored:
+    """:func:`lm_features`, then :func:`apply_weights`; overlap with the dev lists is refused before any scoring."""
+    check_no_overlap(weights, lists, allow_overlap=allow_overlap)
+    lm = lm_features(
+        lists,
+        encode=encode,
+        score_forest=score_forest,
+        score_hypotheses=score_hypotheses,
+        count_unknown=count_unknown,
+        max_tokens_per_forest=max_tokens_per_forest,
+        progress=progress,
+    )
+    return apply_weights(lists, lm, weights, allow_overlap=allow_overlap)
+
+
+def _encode_all(lists: Sequence[NBest], encode: Encode, max_length: int | None) -> list[list[Sequence[int]]]:
+    encoded = []
+    for entry in lists:
+        sequences = []
+        for rank, hypothesis in enumerate(entry.hypotheses, 1):
+            ids = encode(hypothesis.text)
+            where = f"utterance {entry.utterance!r}, hypothesis {rank}"
+            if len(ids) == 0:
+                raise DataError(f"{where}: encoded to no tokens; the tokenizer must add a sentence boundary")
+            if max_length is not None and len(ids) > max_length:
+                raise DataError(
+                    f"{where}: {len(ids)} tokens, but the model takes at most {max_length}; "
+                    "use a model with a longer context or leave this utterance out (nothing is cut silently)"
+                )
+            sequences.append(ids)
+        encoded.append(sequences)
+    return encoded
+
+
+def _score_forests(
+    sequences: Sequence[Sequence[Sequence[int]]],
+    offsets: npt.NDArray[np.int64],
+    score_forest: ScoreForest,
+    max_tokens: int,
+    scores: npt.NDArray[np.float64],
+    advance: Callable[[int], None],
+) -> int:
+    """Fill ``scores``; returns the number of scored nodes, roots not counted."""
+    num_nodes = 0
+    for forest, members in plan_forests(sequences, max_tokens=max_tokens):
+        rows = [int(offsets[number]) + index for number, index in members]
+        scores[rows] = forest.sequence_scores(score_forest(forest))
+        num_nodes += forest.num_nodes - forest.num_trees
+        advance(len(rows))
+    return num_nodes
+
+
+def _score_naively(
+    sequences: Sequence[Sequence[Sequence[int]]],
+    score_hypotheses: ScoreHypotheses,
+    scores: npt.NDArray[np.float64],
+    advance: Callable[[int], None],
+) -> None:
+    flat = [ids for entry in sequences for ids in entry]
+    for start in range(0, len(flat), _NAIVE_BATCH):
+        batch = flat[start : start + _NAIVE_BATCH]
+        found = np.asarray(score_hypotheses(batch), dtype=np.float64)
+        if found.shape != (len(batch),) or not np.all(np.isfinite(found)):
+            raise DataError(f"score_hypotheses must give {len(batch)} finite numbers, got {found!r:.80}")
+        scores[start : start + len(batch)] = found
+        advance(len(batch))
+
+
+@contextmanager
+def _progress_bar(total: int, *, enabled: bool) -> Iterator[Callable[[int], None]]:
+    """Calls the block with a function that advances a bar of ``total`` hypotheses (or does nothing)."""
+    if not enabled:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed or 0:.0f}/s")
+
+    columns = (TextColumn("rescoring"), BarColumn(), MofNCompleteColumn(), TextColumn("hypotheses"), Rate(), TimeLeft())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("rescoring", total=total)
+        yield lambda count: bar.advance(task, count)
