@@ -169,6 +169,7 @@ class Recognizer:
 
     def paths(self, samples: np.ndarray) -> list[tuple[str, float]]:
         """(text, combined natural-log score) of the first 400 paths through the lattice, in the decoder's order."""
+        self.decoder.start_stream()  # forgets the noise estimate of the utterance before
         self.decoder.start_utt()
         self.decoder.process_raw(samples.astype("<i2").tobytes(), full_utt=True)
         self.decoder.end_utt()
