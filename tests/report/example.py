@@ -4,18 +4,17 @@ from typing import Any
 
 KINDS = {"self_attn.q_proj": 65536, "self_attn.k_proj": 65536, "self_attn.v_proj": 65536, "self_attn.out_proj": 65536}
 KINDS |= {"fc1": 262144, "fc2": 262144}
-NUM_LAYERS = 4
 
 
-def unit_weights() -> dict[str, int]:
+def unit_weights(num_layers: int) -> dict[str, int]:
     units = {"model.decoder.embed_tokens": 2_560_000}
-    for layer in range(NUM_LAYERS):
+    for layer in range(num_layers):
         units |= {f"model.decoder.layers.{layer}.{kind}": size for kind, size in KINDS.items()}
     return units
 
 
-def allocation(low: str, high: str, embedding: str) -> dict[str, str]:
-    units = unit_weights()
+def allocation(low: str, high: str, embedding: str, num_layers: int) -> dict[str, str]:
+    units = unit_weights(num_layers)
     chosen = {u: (high if "v_proj" in u or "layers.0" in u else low) for u in units}
     return chosen | {"model.decoder.embed_tokens": embedding}
 
@@ -37,11 +36,11 @@ def row(
     } | more
 
 
-def example_summary() -> dict[str, Any]:
+def example_summary(num_layers: int = 4) -> dict[str, Any]:
     """A fresh copy of the invented summary."""
     quantized = {"method": "straight-through", "epochs": 3, "train_seconds": 212.0}
     sensitivity = {}
-    for i, (unit, size) in enumerate(unit_weights().items()):
+    for i, (unit, size) in enumerate(unit_weights(num_layers).items()):
         base = 1e-3 * (1 + (i * 7) % 5) * (size / 65536) ** 0.5
         table = {
             "1-papers-row": base * 4,
@@ -122,10 +121,10 @@ def example_summary() -> dict[str, Any]:
             },
         ],
         "allocations": {
-            "learned-16x": allocation("1.58-papers-row", "4-papers-row", "1.58-papers-row"),
-            "learned-20x": allocation("1-papers-row", "3-papers-row", "1.58-papers-row"),
+            "learned-16x": allocation("1.58-papers-row", "4-papers-row", "1.58-papers-row", num_layers),
+            "learned-20x": allocation("1-papers-row", "3-papers-row", "1.58-papers-row", num_layers),
         },
-        "unit_weights": unit_weights(),
+        "unit_weights": unit_weights(num_layers),
         "sensitivity": {"measure": "hessian", "units": sensitivity},
         "asr": {
             "lists": {

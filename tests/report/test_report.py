@@ -1,6 +1,5 @@
 """The page and the table: complete, self-contained, escaped, and working with any subset of fields missing."""
 
-import copy
 import importlib.util
 import io
 import json
@@ -156,7 +155,7 @@ def test_a_summary_of_names_only_still_makes_a_page():
 
 @pytest.mark.parametrize("key", sorted(example.example_summary().keys() - {"rows", "format", "format_version"}))
 def test_any_top_level_field_may_be_missing_or_null(key):
-    data = example.example_summary()
+    data = example.example_summary(num_layers=1)
     data[key] = None
     show(data)
     del data[key]
@@ -166,17 +165,17 @@ def test_any_top_level_field_may_be_missing_or_null(key):
 def test_any_row_field_may_be_null():
     for key in example.example_summary()["rows"][7]:
         if key != "name":
-            data = example.example_summary()
+            data = example.example_summary(num_layers=1)
             for row in data["rows"]:
                 row[key] = None
             terminal(data)
             Summary.from_json(data)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_random_holes_in_rows_never_break_the_page(draw):
-    data = copy.deepcopy(example.example_summary())
+    data = example.example_summary(num_layers=1)
     for row in data["rows"]:
         for key in [k for k in row if k != "name"]:
             if draw.draw(st.booleans()):
@@ -188,7 +187,7 @@ def test_random_holes_in_rows_never_break_the_page(draw):
 
 @pytest.mark.parametrize("value", [0, 1e-300, 1e300, 2**62])
 def test_extreme_numbers_are_drawn_or_left_out(value):
-    data = example.example_summary()
+    data = example.example_summary(num_layers=1)
     for key in ("ppl", "ppl_stderr", "wer", "ratio", "delta_nats"):
         data["rows"][7][key] = value
     data["rows"][7]["bytes"] = int(value) if value < 2**63 else None
@@ -197,7 +196,7 @@ def test_extreme_numbers_are_drawn_or_left_out(value):
 
 
 def test_large_models_are_folded():
-    data = example.example_summary()
+    data = example.example_summary(num_layers=1)
     units = {f"model.layers.{i}.self_attn.{k}": 10_000 for i in range(80) for k in ("q_proj", "k_proj")}
     data["unit_weights"] = units
     data["allocations"] = {"learned-16x": dict.fromkeys(units, "2-half-step-row")}
