@@ -4,7 +4,7 @@ MAPSSWE (Gillick & Cox, ICASSP 1989, as NIST's SCTK computes it): both outputs a
 costs 0/3/3/4; errors are grouped into segments bounded by two words that both systems have right (or the utterance's
 ends); the paired error differences of the segments get a normal test. This alignment serves the
 segments only; word error rates come from the plain edit distance (:mod:`mixbits.asr.wer`), and the two totals can
-differ by a word.
+differ by a word. Limit: between equally cheap alignments the choice is kaldialign's, not sclite's.
 
 "No significant increase" is not equivalence, so :func:`no_significant_loss` also bounds the loss from above by a
 paired bootstrap, and says when the data cannot decide.
