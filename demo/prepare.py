@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _make_text(root: Path, settings: Settings) -> list[str]:
     dictionary = read_dictionary()
-    found = list(documents())[: settings.max_documents]
+    found = islice(documents(), settings.max_documents)
     num_speech = settings.num_dev + settings.num_test
     split = split_sentences(
         documentation_sentences(found), frozenset(dictionary), num_speech=num_speech, seed=settings.seed

@@ -136,7 +136,8 @@ def natural_log_score(score: float) -> float:
 def nbest_list(paths: Iterable[tuple[str, float]], model: ArpaModel) -> list[ScoredText]:
     """Hypotheses from (text, combined natural-log score) paths: best path of each text, split in two scores, sorted.
 
-    At most 20, best total first, ties in the order of the text.
+    At most 20, best total first, ties in the order of the text. Scores are rounded to 4 decimals before they are
+    sorted, so that the order in a file is the order of the numbers in it.
     """
     best: dict[str, float] = {}
     for text, total in paths:
@@ -145,23 +146,35 @@ def nbest_list(paths: Iterable[tuple[str, float]], model: ArpaModel) -> list[Sco
     scored = []
     for text, total in best.items():
         lm_score = model.sentence_score(text)
-        scored.append(ScoredText(text, total - NBEST_LM_SCALE * (lm_score + start), lm_score))
+        acoustic_score = total - NBEST_LM_SCALE * (lm_score + start)
+        scored.append(ScoredText(text, round(acoustic_score, 4), round(lm_score, 4)))
     scored.sort(key=lambda item: (-item.total_score, item.text))
     return scored[:MAX_HYPOTHESES]
 
 
 class Recognizer:
-    """A pocketsphinx decoder with its trigram. Stateless from one utterance to the next."""
+    """A pocketsphinx decoder with its trigram.
+
+    The noise estimate is forgotten before each utterance, but the acoustic model's fast-match lists are not, and
+    they move scores by a few tenths of a nat: for results that do not depend on what was recognized before,
+    call `restart` at fixed points (`demo.speech` does, every 25 utterances).
+    """
 
     def __init__(self, first_pass: FirstPass, *, nbest_lm_scale: float = NBEST_LM_SCALE) -> None:
-        pocketsphinx = import_pocketsphinx()
         self.model = read_arpa(first_pass.arpa)
+        self._first_pass = first_pass
+        self._nbest_lm_scale = nbest_lm_scale
+        self.restart()
+
+    def restart(self) -> None:
+        """Make a fresh decoder (0.2 s); the trigram that splits the scores is kept."""
+        pocketsphinx = import_pocketsphinx()
         self.decoder = pocketsphinx.Decoder(
             hmm=os.path.join(pocketsphinx.get_model_path(), "en-us", "en-us"),
-            lm=str(first_pass.arpa),
-            dict=str(first_pass.dictionary),
+            lm=str(self._first_pass.arpa),
+            dict=str(self._first_pass.dictionary),
             lw=SEARCH_LM_SCALE,
-            bestpathlw=nbest_lm_scale,
+            bestpathlw=self._nbest_lm_scale,
             wip=1.0,
             fwdflat=False,
             loglevel="FATAL",
@@ -169,7 +182,7 @@ class Recognizer:
 
     def paths(self, samples: np.ndarray) -> list[tuple[str, float]]:
         """(text, combined natural-log score) of the first 400 paths through the lattice, in the decoder's order."""
-        self.decoder.start_stream()  # forgets the noise estimate of the utterance before
+        self.decoder.start_stream()  # forgets the noise estimate
         self.decoder.start_utt()
         self.decoder.process_raw(samples.astype("<i2").tobytes(), full_utt=True)
         self.decoder.end_utt()

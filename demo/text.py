@@ -128,7 +128,8 @@ def _items(lines: list[str]) -> Iterator[str]:
         if line.startswith(">>>"):
             break
         if re.fullmatch(r"[-=*~^\"'`+#.| ]{3,}", line):  # a heading's underline, a table's rule
-            current.clear()
+            yield " ".join(current[:-1])
+            current = []
             continue
         marker = re.match(r"([-*+o•]|\d+[.)]|\(\w\)|:[^:]+:|[\w.*]+(?:\([^)]*\))?\s+--?)\s+", line)
         if marker:
