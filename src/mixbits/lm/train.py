@@ -11,6 +11,8 @@ marked checkpoints are resumed from. A run that was killed gives the same result
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import shutil
 import warnings
@@ -261,6 +263,7 @@ def train_model(
     "log"}. Raises DataError when the loss is not finite, the text is too short, or there are checkpoints and resume is not
     asked for; SpecError when a teacher's vocabulary differs.
     """
+    _keep_freed_memory()
     folder = Path(folder)
     if teacher is not None:
         if teacher.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
@@ -294,6 +297,14 @@ def train_model(
     if best is None:
         best = trainer.evaluate()["eval_loss"]
     return {"valid_nats": float(best), "steps": trainer.state.global_step, "log": trainer.state.log_history}
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed blocks: by default every large activation is returned to the kernel and faulted in again."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(ctypes.c_int(-3), ctypes.c_int(1 << 30))  # M_MMAP_THRESHOLD
+        libc.mallopt(ctypes.c_int(-1), ctypes.c_int((1 << 31) - 1))  # M_TRIM_THRESHOLD
 
 
 @contextmanager

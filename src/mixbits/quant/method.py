@@ -1,0 +1,88 @@
+"""What the quantizing training methods share: the units they act on, and how stored weights are put in and taken out.
+
+A method is handed to the trainer (`mixbits.lm.train.TrainingMethod` is the interface). Methods swap ``parameter.data``,
+never modules, so that ties, optimizer state and checkpoints stay those of the plain model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixbits.errors import DataError
+from mixbits.quant.grid import dequantize, project, quantize_weight
+from mixbits.quant.units import as_matrix, unit_parameters
+from mixbits.spec import BitAllocation, ModelInventory, QuantizedWeight, QuantSpec
+
+
+@dataclass(frozen=True)
+class TrainedUnit:
+    """A quantized unit while it is trained: its parameter, how it is oriented, and its spec."""
+
+    name: str
+    parameter: nn.Parameter
+    kind: str
+    spec: QuantSpec
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The weight as (rows, cols), detached."""
+        return as_matrix(self.parameter.detach(), self.kind)
+
+    def put(self, matrix: torch.Tensor) -> None:
+        """Make a (rows, cols) matrix the weight that the forward pass sees."""
+        self.parameter.data = as_matrix(matrix, self.kind).to(self.parameter.dtype).contiguous()
+
+    def gradient(self) -> torch.Tensor | None:
+        """The gradient as (rows, cols), or None."""
+        return None if self.parameter.grad is None else as_matrix(self.parameter.grad, self.kind)
+
+
+def trained_units(model: nn.Module, inventory: ModelInventory, allocation: BitAllocation) -> tuple[TrainedUnit, ...]:
+    """The units with a grid (16-bit ones are trained like any other parameter). Raises SpecError on a wrong allocation."""
+    allocation.check(inventory)
+    parameters = unit_parameters(model, inventory)
+    return tuple(
+        TrainedUnit(u.name, parameters[u.name], u.kind, allocation.specs[u.name])
+        for u in inventory.units
+        if allocation.specs[u.name].is_quantized
+    )
+
+
+def starting_scale(unit: TrainedUnit) -> torch.Tensor:
+    """The best scale (rows, 1) or (1, 1) for the unit's present weight. Raises DataError naming the unit."""
+    try:
+        return project(unit.matrix, unit.spec)[1]
+    except DataError as error:
+        raise DataError(f"unit {unit.name}: {error}") from None
+
+
+@contextmanager
+def stored_weights(units: tuple[TrainedUnit, ...], weights: Mapping[str, QuantizedWeight]) -> Iterator[None]:
+    """Within it the units have the values that would be read back from the packed file."""
+    kept = {unit.name: unit.parameter.data for unit in units}
+    for unit in units:
+        unit.put(dequantize(weights[unit.name]))
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.parameter.data = kept[unit.name]
+
+
+def quantize_units(
+    units: tuple[TrainedUnit, ...], scales: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, QuantizedWeight]:
+    """Exact projection of every unit on its storable grid, with the given scales or the best ones."""
+    return {u.name: quantize_weight(u.matrix, u.spec, scale=None if scales is None else scales[u.name]) for u in units}
+
+
+def copy_into(target: dict[str, torch.Tensor], source: Mapping[str, Any]) -> None:
+    """Overwrite tensors in place from a saved state of the same names."""
+    for name, tensor in target.items():
+        tensor.data.copy_(source[name])
