@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 TEST_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt
+INSTALL := $(PIP) install -qq --constraint constraints.txt
 
 .PHONY: setup demo test lint build clean distclean
 .DELETE_ON_ERROR:
