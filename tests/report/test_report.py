@@ -172,7 +172,7 @@ def test_any_row_field_may_be_null():
             Summary.from_json(data)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_random_holes_in_rows_never_break_the_page(draw):
     data = example.example_summary(num_layers=1)
