@@ -20,6 +20,7 @@ from demo.recognition import (
     read_dictionary,
 )
 from demo.speech import SPEAKERS, nbest_lines, nbest_record, synthesize, utterances
+from kaldialign import edit_distance
 
 from mixbits.errors import DataError
 
