@@ -234,3 +234,11 @@ def test_render_writes_atomically_and_errors_name_the_file(tmp_path):
         report.render([], out)
     assert out.read_bytes() == before
     assert read_summary(tmp_path / "a").title == "Example of a report (invented numbers)"
+
+
+def test_the_uniform_curve_is_log_linear_in_bytes():
+    from mixbits.report.plots import _equal_bytes_curve
+
+    x, y = _equal_bytes_curve([1.0, 3.0, 4.0], [200.0, 50.0, 40.0], steps=2)
+    assert x == pytest.approx([1, 2, 3, 3.5, 4])
+    assert y == pytest.approx([200, 100, 50, (50 * 40) ** 0.5, 40])

@@ -68,7 +68,7 @@ def plot_size(summary: Summary, *, prefix: str) -> Plot | None:
         axes.set_ylabel("test perplexity (logarithmic)")
         svg = to_svg(figure, prefix=prefix, label="Size against perplexity")
     caption = (
-        "Lower and further left is better. The line joins the uniform rows; a learned row below it beats uniform bits at "
+        "Lower and further left is better. The curve joins the uniform rows (log-perplexity linear in bytes); a learned row below it beats uniform bits at "
         "equal bytes. Bars are one standard error; horizontal lines are full precision (solid: the baseline)."
     )
     return Plot("Size against perplexity", caption, svg)
@@ -78,6 +78,8 @@ def _draw_points(axes: Axes, rows: list[SummaryRow], *, is_curve: bool) -> None:
     x, y = [(r.bytes or 0) / 1e6 for r in rows], [r.ppl or 0 for r in rows]
     errors = [r.ppl_stderr or 0 for r in rows]
     colour = family_colour(rows[0].name)
+    if is_curve:
+        axes.plot(*_equal_bytes_curve(x, y), color=colour, lw=1.3, zorder=2)
     marker = {LEARNED: "D", UNIFORM: "o"}.get(colour, "s")
     axes.errorbar(
         x,
@@ -87,7 +89,7 @@ def _draw_points(axes: Axes, rows: list[SummaryRow], *, is_curve: bool) -> None:
         marker=marker,
         ms=6,
         lw=1.3,
-        ls="-" if is_curve else "none",
+        ls="none",
         capsize=2.5,
         zorder=3 if colour == LEARNED else 2,
     )
@@ -104,6 +106,17 @@ def _draw_points(axes: Axes, rows: list[SummaryRow], *, is_curve: bool) -> None:
             fontsize=8,
             fontweight="bold" if colour == LEARNED else "normal",
         )
+
+
+def _equal_bytes_curve(x: list[float], y: list[float], *, steps: int = 24) -> tuple[list[float], list[float]]:
+    """Log-perplexity linear in bytes between neighbours: the curve that "at equal bytes" is measured against."""
+    across, up = [x[0]], [y[0]]
+    for i in range(1, len(x)):
+        for k in range(1, steps + 1):
+            share = k / steps
+            across.append(x[i - 1] + share * (x[i] - x[i - 1]))
+            up.append(y[i - 1] ** (1 - share) * y[i] ** share)
+    return across, up
 
 
 def _log_limits(axes: Axes, rows: list[SummaryRow], full: list[SummaryRow]) -> None:
