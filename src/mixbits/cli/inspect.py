@@ -47,18 +47,18 @@ def _print_table(info: PackedInfo) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    all_scales = console.width >= 110
+    all_scales = console.width >= 105  # a narrow terminal keeps the names readable instead
     prefix = _common_prefix([unit.name for unit in info.units])
     title = Text(info.directory + (f" (names under {prefix.rstrip('.')})" if prefix else ""))
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.add_column("unit", overflow="fold", min_width=16)
     numbers = ["shape", "bits", "bytes", "share"]
-    numbers += ["scale min", "mean", "max"] if all_scales else ["mean scale"]
+    numbers += ["scale min", "mean", "max"] if all_scales else []
     table.add_column("spec", no_wrap=True)
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
     for unit in info.units:
-        scales = (unit.scale_min, unit.scale_mean, unit.scale_max) if all_scales else (unit.scale_mean,)
+        scales = (unit.scale_min, unit.scale_mean, unit.scale_max) if all_scales else ()
         table.add_row(
             Text(" = ".join((unit.name[len(prefix) :], *unit.tied))),
             unit.spec,

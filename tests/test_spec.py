@@ -1,0 +1,220 @@
+"""Sizes, header and allocations: numbers counted by hand, the safetensors library as the reader of the header."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mixbits.errors import FormatError, SpecError
+from mixbits.spec import (
+    HEADER_MULTIPLE,
+    BitAllocation,
+    ModelInventory,
+    QuantSpec,
+    StoredTensor,
+    Unit,
+    bits_per_weight,
+    compression_ratio,
+    parse_specs,
+    predicted_bytes,
+    safetensors_header,
+    stored_tensors,
+)
+
+EMBED = Unit("embed", "embed.weight", 10, 8, "embedding", ("lm_head",))
+CONV = Unit("conv", "conv.weight", 5, 3, "conv1d")
+INVENTORY = ModelInventory((EMBED, CONV), (("conv.bias", (5,)), ("positions", (6, 8))), unused_position_weights=16)
+
+
+@pytest.mark.parametrize(
+    ("spec", "levels"),
+    [
+        (QuantSpec(1), (-1, 1)),
+        (QuantSpec(1.58), (-1, 0, 1)),
+        (QuantSpec(2), (-1.5, -0.5, 0.5, 1.5)),
+        (QuantSpec(3), (-3, -2, -1, 0, 1, 2, 3)),
+        (QuantSpec(4), tuple(range(-7, 8))),
+        (QuantSpec(8), tuple(range(-127, 128))),
+        (QuantSpec(3, "half-step"), (-3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5)),
+    ],
+    ids=str,
+)
+def test_levels(spec, levels):
+    assert spec.levels == levels
+    assert spec.is_quantized
+
+
+def test_float_has_no_levels_and_no_scales():
+    spec = QuantSpec(16)
+    assert (spec.grid, spec.is_quantized, spec.num_scales(9)) == ("float", False, 0)
+    with pytest.raises(SpecError, match="no levels"):
+        _ = spec.levels
+
+
+@pytest.mark.parametrize(
+    ("width", "num_weights", "expected"),
+    [
+        (1, 0, 0),
+        (1, 1, 1),
+        (1, 9, 2),
+        (1.58, 5, 1),
+        (1.58, 6, 2),
+        (2, 5, 2),
+        (3, 8, 3),
+        (3, 3, 2),
+        (4, 3, 2),
+        (8, 7, 7),
+        (16, 7, 14),
+    ],
+)
+def test_code_bytes(width, num_weights, expected):
+    assert QuantSpec(width).code_bytes(num_weights) == expected
+
+
+def test_unit_bytes_counts_scales_per_row_or_per_tensor():
+    assert QuantSpec(2).unit_bytes(10, 8) == 20 + 2 * 10
+    assert QuantSpec(2, granularity="tensor").unit_bytes(10, 8) == 20 + 2
+    assert QuantSpec(16).unit_bytes(10, 8) == 160
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2", QuantSpec(2, "half-step")),
+        (2, QuantSpec(2)),
+        (1.58, QuantSpec(1.58)),
+        ("1.58", QuantSpec(1.58)),
+        ("4-half-step", QuantSpec(4, "half-step")),
+        ("4-tensor", QuantSpec(4, granularity="tensor")),
+        ("3-papers-tensor", QuantSpec(3, "papers", "tensor")),
+        ("2-half-step-row", QuantSpec(2)),
+        ("16", QuantSpec(16)),
+    ],
+)
+def test_parse(text, expected):
+    assert QuantSpec.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(w, granularity=g) for w in (1, 1.58, 2, 3, 4, 8, 16) for g in ("row", "tensor")], ids=str
+)
+def test_parse_inverts_str(spec):
+    assert QuantSpec.parse(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("two", "cannot read 'two'"),
+        ("", "cannot read ''"),
+        ("5", "bit width 5 does not exist on grid 'papers'"),
+        ("2-papers", "use 1.58"),
+        ("2-cubic", "unknown grid 'cubic'"),
+        ("16-half-step", "does not exist"),
+        ("2-half-step-column", "unknown grid"),
+    ],
+)
+def test_parse_refuses(text, message):
+    with pytest.raises(SpecError, match=message):
+        QuantSpec.parse(text)
+
+
+def test_bad_granularity_and_parse_specs():
+    with pytest.raises(SpecError, match="granularity is 'group'"):
+        QuantSpec(2, granularity="group")  # type: ignore[arg-type]
+    assert parse_specs(["2", 1, "2-half-step-row"]) == (QuantSpec(2), QuantSpec(1))
+
+
+def test_counts_ties_once_and_leaves_out_unused_positions():
+    assert INVENTORY.num_parameters == 80 + 15 + 5 + 48 - 16
+    assert INVENTORY.full_bytes == 4 * 132
+    assert compression_ratio(INVENTORY, 132) == 4.0
+    assert bits_per_weight(INVENTORY, 132) == 8.0
+
+
+def test_stored_tensors_names_shapes_order():
+    allocation = BitAllocation({"embed": QuantSpec(1.58), "conv": QuantSpec(16)})
+    assert stored_tensors(INVENTORY, allocation) == (
+        StoredTensor("embed.scales", "F16", (10,)),
+        StoredTensor("conv.weight", "F16", (3, 5)),  # as Conv1D keeps it
+        StoredTensor("conv.bias", "F16", (5,)),
+        StoredTensor("positions", "F16", (6, 8)),
+        StoredTensor("embed.weight", "U8", (16,)),
+    )
+
+
+def test_header_is_padded_and_read_by_safetensors(tmp_path):
+    allocation = BitAllocation.uniform(INVENTORY, QuantSpec(3))
+    stored = stored_tensors(INVENTORY, allocation)
+    header = safetensors_header(stored)
+    assert len(header) % HEADER_MULTIPLE == 0
+    assert int.from_bytes(header[:8], "little") == len(header) - 8
+    entries = json.loads(header[8:])
+    assert entries["__metadata__"] == {"format": "mixbits", "format_version": "1"}
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(header + bytes(range(256)) * 10)
+    path.write_bytes(path.read_bytes()[: predicted_bytes(INVENTORY, allocation)])
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == {t.name for t in stored}
+        for t in stored:
+            tensor = file.get_tensor(t.name)
+            assert tuple(tensor.shape) == t.shape
+            assert tensor.dtype == {"U8": torch.uint8, "F16": torch.float16}[t.dtype]
+
+
+def test_predicted_bytes_by_hand():
+    allocation = BitAllocation({"embed": QuantSpec(2), "conv": QuantSpec(1, granularity="tensor")})
+    data = (20 + 2 * 10) + (2 + 2) + 2 * 5 + 2 * 48
+    assert (
+        predicted_bytes(INVENTORY, allocation) == len(safetensors_header(stored_tensors(INVENTORY, allocation))) + data
+    )
+
+
+def test_predicted_bytes_close_to_the_library_own_file(tmp_path):
+    """The library pads its header to 8 bytes and we to 64: the same file but for that and the metadata."""
+    allocation = BitAllocation.uniform(INVENTORY, QuantSpec(4))
+    dtypes = {"U8": torch.uint8, "F16": torch.float16}
+    tensors = {t.name: torch.zeros(t.shape, dtype=dtypes[t.dtype]) for t in stored_tensors(INVENTORY, allocation)}
+    save_file(tensors, tmp_path / "y.safetensors", metadata={"format": "mixbits", "format_version": "1"})
+    assert 0 <= predicted_bytes(INVENTORY, allocation) - (tmp_path / "y.safetensors").stat().st_size < 64
+
+
+def test_allocation_must_name_exactly_the_units():
+    with pytest.raises(SpecError, match=r"unknown unit.*head"):
+        BitAllocation({"embed": QuantSpec(2), "conv": QuantSpec(2), "head": QuantSpec(2)}).check(INVENTORY)
+    with pytest.raises(SpecError, match=r"misses unit.*conv"):
+        predicted_bytes(INVENTORY, BitAllocation({"embed": QuantSpec(2)}))
+
+
+def test_allocation_json_round_trip():
+    allocation = BitAllocation(
+        {"embed": QuantSpec(1.58), "conv": QuantSpec(8, granularity="tensor")}, {"method": "ilp"}
+    )
+    data = json.loads(json.dumps(allocation.to_json()))
+    assert BitAllocation.from_json(data) == allocation
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "not a mixbits allocation"),
+        ({"format_version": 99}, "format_version is 99"),
+        ({"format_version": None}, "format_version is None"),
+        ({"specs": ["2"]}, "'specs' is missing"),
+        ({"specs": None}, "'specs' is missing"),
+    ],
+)
+def test_allocation_json_errors_name_the_file(change, message):
+    data = {**BitAllocation({"embed": QuantSpec(2)}).to_json(), **change}
+    with pytest.raises(FormatError, match=f"a.json: .*{message}"):
+        BitAllocation.from_json(data, where="a.json")
+
+
+def test_allocation_json_bad_spec_and_not_an_object():
+    data = {**BitAllocation({}).to_json(), "specs": {"embed": "7"}}
+    with pytest.raises(SpecError, match=r"a\.json: bit width 7"):
+        BitAllocation.from_json(data, where="a.json")
+    with pytest.raises(FormatError, match="not a mixbits allocation"):
+        BitAllocation.from_json([1])
