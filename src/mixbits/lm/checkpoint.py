@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mixbits.errors import DataError, FormatError
 from mixbits.lm.tokenizer import load_tokenizer
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within it transformers shows neither progress bars nor warnings of its own."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
 
 
 def load_model(path: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
@@ -28,7 +45,8 @@ def load_model(path: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
         )
     tokenizer = load_tokenizer(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, local_files_only=True)
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, FormatError):
             raise
@@ -47,7 +65,8 @@ def save_model(model: Any, tokenizer: Any, path: str | Path) -> None:
     temporary = path.with_name(path.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(temporary)
+    with quiet_transformers():
+        model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)

@@ -16,8 +16,8 @@ import ctypes
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -27,6 +27,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mixbits.errors import DataError, SpecError
+from mixbits.lm.checkpoint import quiet_transformers
 from mixbits.lm.corpus import BlockDataset, TokenStream
 from mixbits.lm.loss import token_nll, training_loss
 
@@ -279,7 +280,8 @@ def train_model(
     _remove_unfinished(folder)
     blocks, valid = BlockDataset(train_stream, settings.context), BlockDataset(valid_stream, settings.context)
     arguments = _arguments(settings, folder, math.ceil(len(blocks) / settings.batch_size))
-    with _quiet_transformers():
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         trainer = LMTrainer(
             model=model, args=arguments, train_dataset=blocks, eval_dataset=valid,
             method=method, teacher=teacher, teacher_weight=settings.teacher_weight,
@@ -305,19 +307,3 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(ctypes.c_int(-3), ctypes.c_int(1 << 30))  # M_MMAP_THRESHOLD
         libc.mallopt(ctypes.c_int(-1), ctypes.c_int((1 << 31) - 1))  # M_TRIM_THRESHOLD
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.set_verbosity(before)
-            logging.enable_progress_bar()

@@ -8,9 +8,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mixbits.errors import DataError
 from mixbits.lm.corpus import TokenStream, encode, encode_file, limit_words, read_sentences
 from mixbits.lm.tokenizer import load_tokenizer, word_tokenizer
 from mixbits.pipeline.settings import ExperimentSettings, TextFiles
+
+_HELD_OUT_SHARE = 20
+_MAX_HELD_OUT_SENTENCES = 2000
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,22 @@ def prepare_text(settings: ExperimentSettings) -> PreparedText:
         encode_file(tokenizer, settings.text.valid),
         encode_file(tokenizer, settings.text.test),
     )
+
+
+def split_text(tokenizer: Any, text: str | Path, valid: str | Path | None = None) -> tuple[TokenStream, TokenStream]:
+    """Training and validation streams. Without ``valid`` every 20th sentence (2,000 at most) is held out of training."""
+    if valid is not None:
+        return encode_file(tokenizer, text), encode_file(tokenizer, valid)
+    sentences = list(read_sentences(text))
+    step = max(_HELD_OUT_SHARE, -(-len(sentences) // _MAX_HELD_OUT_SENTENCES))
+    if len(sentences) < 2 * step:
+        raise DataError(f"{text}: {len(sentences)} sentences are too few to hold some out for validation; give --valid")
+    held_out = sentences[step - 1 :: step]
+    kept_out = set(held_out)
+    return encode(tokenizer, (s for s in sentences if s not in kept_out)), encode(tokenizer, held_out)
+
+
+def training_context(model: Any, default: int = 256) -> int:
+    """Block length for a model: its context, but not more than ``default``."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(limit or default, default)

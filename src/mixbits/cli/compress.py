@@ -1,0 +1,49 @@
+"""``mixbits compress``: measure, allocate, quantize, pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def main(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Full-precision model directory.")],
+    text: Annotated[Path, typer.Option(help="Training text, one sentence a line.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Packed model directory to write.")],
+    ratio: Annotated[float | None, typer.Option(help="Times smaller than 4 bytes a parameter.")] = None,
+    max_bytes: Annotated[int | None, typer.Option("--bytes", help="Bytes of the packed weight file.")] = None,
+    bits_per_weight: Annotated[float | None, typer.Option(help="Stored bits a weight, everything counted.")] = None,
+    valid: Annotated[Path | None, typer.Option(help="Validation text; without it some sentences are held out.")] = None,
+    method: Annotated[str, typer.Option(help="straight-through or admm.")] = "straight-through",
+    epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    batch_size: Annotated[int, typer.Option(help="Blocks a step.")] = 16,
+    probes: Annotated[int, typer.Option(help="Probes of the Hessian trace.")] = 50,
+    specs: Annotated[str, typer.Option(help="Specs to choose among.")] = "1,1.58,2,3,4,8",
+    no_train: Annotated[bool, typer.Option("--no-train", help="Round to the nearest codes only.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+) -> None:
+    """Compress MODEL to a budget: give one of --ratio, --bytes and --bits-per-weight."""
+    from mixbits.pipeline.compress import compress
+    from mixbits.pipeline.settings import MeasureSettings, QuantizeSettings, validate
+
+    train = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "teacher_weight": 0.5,
+        "seed": seed,
+    }
+    measure = {"num_probes": probes, "seed": seed, "specs": [s.strip() for s in specs.split(",") if s.strip()]}
+    done = compress(
+        model, text=text, output=output, ratio=ratio, max_bytes=max_bytes, bits_per_weight=bits_per_weight,
+        valid=valid, train=not no_train,
+        quantize=validate(QuantizeSettings, {"method": method, "train": train}, where="mixbits compress"),
+        measure=validate(MeasureSettings, measure, where="mixbits compress"),
+    )  # fmt: skip
+    typer.echo(
+        f"wrote {done.directory}: {done.file_bytes:,} bytes, {done.compression_ratio:.2f}x smaller, "
+        f"{done.bits_per_weight:.3f} bits a weight"
+    )

@@ -1,0 +1,46 @@
+"""Perplexity of a model directory, alone or paired with a reference model on the same tokens."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from mixbits.errors import DataError
+from mixbits.lm.checkpoint import load_model, model_hash
+from mixbits.lm.corpus import encode_file
+from mixbits.lm.perplexity import paired_difference, perplexity
+from mixbits.runs import versions
+
+
+def evaluate_models(
+    model: str | Path,
+    text: str | Path,
+    *,
+    reference: str | Path | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+) -> dict[str, Any]:
+    """Figures as plain data: those of :class:`mixbits.lm.perplexity.Perplexity`, and with ``reference`` the paired difference.
+
+    Raises DataError when the two models do not share a tokenizer.
+    """
+    lm, tokenizer = load_model(model)
+    stream = encode_file(tokenizer, text)
+    result = perplexity(lm, stream, context=context, stride=stride)
+    found: dict[str, Any] = {**result.to_json(), "model_sha256": model_hash(model), "text_sha256": stream.sha256}
+    if reference is not None:
+        other, other_tokenizer = load_model(reference)
+        if other_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise DataError(
+                f"{model} and {reference} have different vocabularies; a paired difference needs the same one"
+            )
+        base = perplexity(other, stream, context=result.context, stride=result.stride)
+        delta, stderr = paired_difference(result, base, stream)
+        found |= {
+            "reference": base.to_json(),
+            "delta_nats": delta,
+            "delta_nats_stderr": stderr,
+            "delta_ppl_relative": math.expm1(delta),
+        }
+    return found | {"versions": versions()}
