@@ -8,6 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mixbits.asr.formats.jsonl import read_nbest
+from mixbits.asr.nbest import reference_texts
 from mixbits.errors import DataError
 from mixbits.lm.corpus import TokenStream, encode, encode_file, limit_words, read_sentences
 from mixbits.lm.tokenizer import load_tokenizer, word_tokenizer
@@ -37,6 +39,13 @@ def training_sentences(text: TextFiles) -> Iterator[str]:
     return limit_words(chain.from_iterable(read_sentences(path) for path in text.train), text.max_train_words)
 
 
+def text_sentences(path: str | Path) -> Iterator[str]:
+    """Sentences of a text file, or the references of an n-best list (``.jsonl``, ``.jsonl.gz``, ``.jsonl.xz``)."""
+    if ".jsonl" in Path(path).suffixes[-2:]:
+        return (reference for reference in reference_texts(read_nbest(path).lists) if reference.strip())
+    return read_sentences(path)
+
+
 def prepare_text(settings: ExperimentSettings) -> PreparedText:
     """Build or load the tokenizer and tokenize all three parts. Raises DataError for bad text."""
     vocabulary = settings.vocabulary
@@ -52,8 +61,8 @@ def prepare_text(settings: ExperimentSettings) -> PreparedText:
     return PreparedText(
         tokenizer,
         encode(tokenizer, training_sentences(settings.text)),
-        encode_file(tokenizer, settings.text.valid),
-        encode_file(tokenizer, settings.text.test),
+        encode(tokenizer, text_sentences(settings.text.valid)),
+        encode(tokenizer, text_sentences(settings.text.test)),
     )
 
 

@@ -23,7 +23,10 @@ class _Frozen(BaseModel):
 
 
 class TextFiles(_Frozen):
-    """Plain text, one sentence a line. ``train`` may be several files; ``max_train_words`` cuts the training text."""
+    """Plain text, one sentence a line. ``train`` may be several files; ``max_train_words`` cuts the training text.
+
+    ``valid`` and ``test`` may also be n-best lists (.jsonl, .jsonl.gz), whose references are then the text.
+    """
 
     train: tuple[str, ...]
     valid: str
