@@ -66,9 +66,7 @@ def read_arpa(path: Path) -> ArpaModel:
                     if len(fields) == order + 2:
                         backoffs[ngram] = float(fields[-1]) * _LN10
                 except ValueError as error:
-                    raise FormatError(
-                        f"{path}:{number}: not a {order}-gram line of an ARPA file: {error}"
-                    ) from error
+                    raise FormatError(f"{path}:{number}: not a {order}-gram line of an ARPA file: {error}") from error
     if not probabilities or not ended:
         raise FormatError(
             f"{path}: expected an ARPA n-gram file with an \\end\\ line, got one that is cut short or empty"

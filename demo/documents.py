@@ -101,9 +101,7 @@ def builtin_documents() -> Iterator[tuple[str, str]]:
             if isinstance(owner.__doc__, str):
                 yield f"builtin:{module_name}:{getattr(owner, '__name__', '')}", owner.__doc__
             for name, value in sorted(vars(owner).items()):
-                if inspect.isbuiltin(value) or inspect.ismethoddescriptor(
-                    value
-                ):  # not what Python code put there
+                if inspect.isbuiltin(value) or inspect.ismethoddescriptor(value):  # not what Python code put there
                     text = getattr(value, "__doc__", None)
                     if isinstance(text, str):
                         yield f"builtin:{module_name}:{getattr(owner, '__name__', '')}.{name}", text

@@ -48,9 +48,7 @@ def _versions() -> dict[str, str]:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError as error:
-            raise DataError(
-                f"the demo needs the package {package}; run: pip install 'mixbits[demo]'"
-            ) from error
+            raise DataError(f"the demo needs the package {package}; run: pip install 'mixbits[demo]'") from error
     return found
 
 
@@ -143,18 +141,14 @@ def _make_speech(root: Path, settings: Settings, *, num_processes: int) -> list[
     return [f"speech/{name}" for name in ("dev.jsonl", "test.jsonl", "first_pass.arpa", "first_pass.dict")]
 
 
-def prepare(
-    root: Path, settings: Settings | None = None, *, num_processes: int | None = None
-) -> dict[str, Any]:
+def prepare(root: Path, settings: Settings | None = None, *, num_processes: int | None = None) -> dict[str, Any]:
     """Make what is missing under `root` and return the manifest (also in `root/manifest.json`).
 
     Raises DataError when a package of the `demo` extra is missing, with the command that installs it.
     """
     settings = settings or Settings()
     if settings.num_dev < 1 or settings.num_test < 1:
-        raise DataError(
-            f"num_dev and num_test must be at least 1, got {settings.num_dev} and {settings.num_test}"
-        )
+        raise DataError(f"num_dev and num_test must be at least 1, got {settings.num_dev} and {settings.num_test}")
     if num_processes is None:
         num_processes = min(
             8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -199,13 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--num-dev", type=int, default=Settings.num_dev, help="spoken sentences to tune on")
-    parser.add_argument(
-        "--num-test", type=int, default=Settings.num_test, help="spoken sentences to report on"
-    )
+    parser.add_argument("--num-test", type=int, default=Settings.num_test, help="spoken sentences to report on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--processes", type=int, default=None, help="recognizers in parallel (default: all processors)"
-    )
+    parser.add_argument("--processes", type=int, default=None, help="recognizers in parallel (default: all processors)")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     try:

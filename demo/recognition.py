@@ -97,9 +97,7 @@ def build_first_pass(sentences: Iterable[str], dictionary: dict[str, list[str]],
     lines = [[word if word in dictionary else "<unk>" for word in sentence.split()] for sentence in sentences]
     vocabulary = sorted({word for line in lines for word in line} - {"<unk>"})
     if not vocabulary:
-        raise DataError(
-            "the training text has no word of the pronunciation dictionary: no first pass can be built"
-        )
+        raise DataError("the training text has no word of the pronunciation dictionary: no first pass can be built")
     first_pass = FirstPass(folder / "first_pass.arpa", folder / "first_pass.dict")
     text_path = folder / "first_pass.txt"
     text_path.write_text("".join(" ".join(line) + "\n" for line in lines), encoding="utf-8")

@@ -113,6 +113,4 @@ def nbest_record(item: Utterance, hypotheses: list[ScoredText]) -> dict[str, Any
 def nbest_lines(items: list[Utterance], results: list[list[ScoredText]]) -> str:
     """The text of an n-best JSONL file."""
     pairs = zip(items, results, strict=True)
-    return "".join(
-        json.dumps(nbest_record(item, result), ensure_ascii=False) + "\n" for item, result in pairs
-    )
+    return "".join(json.dumps(nbest_record(item, result), ensure_ascii=False) + "\n" for item, result in pairs)

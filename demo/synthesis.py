@@ -82,9 +82,7 @@ class Voice:
         status = self._library.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, _UTF8, None, None)
         if status != 0 or not self._blocks:
             raise DataError(f"espeak-ng synthesized nothing for {text!r} (status {status})")
-        signal = resample_poly(
-            np.concatenate(self._blocks).astype(np.float64), _UP, _DOWN, window=self._filter
-        )
+        signal = resample_poly(np.concatenate(self._blocks).astype(np.float64), _UP, _DOWN, window=self._filter)
         signal *= _PEAK / max(1.0, float(np.abs(signal).max()))
         pad = np.zeros(int(_SILENCE_SECONDS * SAMPLE_RATE))
         signal = np.concatenate([pad, signal, pad])

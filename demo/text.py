@@ -192,9 +192,7 @@ def hash_fraction(sentence: str, *, seed: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def split_sentences(
-    sentences: list[str], dictionary: frozenset[str], *, num_speech: int, seed: int = 0
-) -> TextSplit:
+def split_sentences(sentences: list[str], dictionary: frozenset[str], *, num_speech: int, seed: int = 0) -> TextSplit:
     """Split sentences; up to `num_speech` speakable ones (4-16 words, all in `dictionary`) go to the speech part.
 
     A held-out sentence that is not chosen for speech goes to the training text. The speech part is in hash
@@ -206,17 +204,12 @@ def split_sentences(
     speakable = [
         sentence
         for sentence in sorted(candidates, key=fractions.__getitem__)
-        if SPEECH_MIN_WORDS <= len(sentence.split()) <= SPEECH_MAX_WORDS
-        and dictionary.issuperset(sentence.split())
+        if SPEECH_MIN_WORDS <= len(sentence.split()) <= SPEECH_MAX_WORDS and dictionary.issuperset(sentence.split())
     ]
     speech = speakable[:num_speech]
     held_out = set(speech)
     return TextSplit(
-        train=[
-            s
-            for s, value in fractions.items()
-            if (value < bounds[0] or value >= bounds[2]) and s not in held_out
-        ],
+        train=[s for s, value in fractions.items() if (value < bounds[0] or value >= bounds[2]) and s not in held_out],
         valid=[s for s, value in fractions.items() if bounds[0] <= value < bounds[1]],
         test=[s for s, value in fractions.items() if bounds[1] <= value < bounds[2]],
         speech=speech,

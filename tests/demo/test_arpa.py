@@ -74,7 +74,5 @@ def test_same_probability_as_pocketsphinx(tiny) -> None:
     )
     theirs = pocketsphinx.NGramModel.readfile(str(tiny))
     words = ["<s>", "b", "a", "b", "a", "a", "</s>"]
-    expected = sum(theirs.prob(words[max(0, i - 2) : i + 1][::-1]) for i in range(1, len(words))) * math.log(
-        1.0001
-    )
+    expected = sum(theirs.prob(words[max(0, i - 2) : i + 1][::-1]) for i in range(1, len(words))) * math.log(1.0001)
     assert read_arpa(tiny).sentence_score("b a b a a") == pytest.approx(expected, abs=2e-3)

@@ -38,9 +38,7 @@ SENTENCES = [
 @pytest.fixture(scope="module")
 def first_pass(tmp_path_factory) -> FirstPass:
     pytest.importorskip("pocketsphinx", reason=f"pocketsphinx is {WHY}")
-    return build_first_pass(
-        [*SENTENCES, "the xyzzyfoo is here"], read_dictionary(), tmp_path_factory.mktemp("first")
-    )
+    return build_first_pass([*SENTENCES, "the xyzzyfoo is here"], read_dictionary(), tmp_path_factory.mktemp("first"))
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +69,7 @@ def test_lists_are_sorted_unique_short_and_add_up() -> None:
     assert totals == sorted(totals, reverse=True)
     for item in found:
         combined = max(total for text, total in paths if text == item.text)
-        assert item.acoustic_score + NBEST_LM_SCALE * (item.lm_score - 1.0) == pytest.approx(
-            combined, abs=1e-9
-        )
+        assert item.acoustic_score + NBEST_LM_SCALE * (item.lm_score - 1.0) == pytest.approx(combined, abs=1e-9)
         assert item.lm_score == pytest.approx(model.log_probability[(item.text,)] - 1.01, abs=1e-4)
     assert nbest_list([], model) == []
 
@@ -113,9 +109,7 @@ def test_acoustic_score_does_not_depend_on_the_lm_scale(first_pass, audio) -> No
         best: dict[str, float] = {}
         for text, total in recognizer.paths(audio[1]):
             best[text] = max(total, best.get(text, -math.inf))
-        return {
-            text: total - scale * (ours.model.sentence_score(text) + start) for text, total in best.items()
-        }
+        return {text: total - scale * (ours.model.sentence_score(text) + start) for text, total in best.items()}
 
     full_scores, half_scores = acoustic(ours, NBEST_LM_SCALE), acoustic(half, NBEST_LM_SCALE / 2)
     common = full_scores.keys() & half_scores.keys()
@@ -131,9 +125,7 @@ def test_records_follow_the_nbest_format() -> None:
     items = utterances("dev", ["a b", "c d"])
     assert [item.name for item in items] == ["dev-0001", "dev-0002"]
     assert items[0].speaker == SPEAKERS[0]
-    line = nbest_lines(items, [[ScoredText("a b", -1.2346, -2.0)], [ScoredText("", 0.0, -1.0)]]).splitlines()[
-        0
-    ]
+    line = nbest_lines(items, [[ScoredText("a b", -1.2346, -2.0)], [ScoredText("", 0.0, -1.0)]]).splitlines()[0]
     assert (
         json.loads(line)
         == nbest_record(items[0], [ScoredText("a b", -1.2346, -2.0)])
@@ -168,9 +160,7 @@ def test_prepare_end_to_end_skips_and_repeats(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "one/speech/dev.jsonl").stat().st_mtime_ns == stamp
     (tmp_path / "one/speech/dev.jsonl").write_text("cut short")
     again = prepare(tmp_path / "one", settings, num_processes=2)
-    assert (
-        again["stages"]["speech"]["files"] == manifest["stages"]["speech"]["files"]
-    )  # the same bytes, two processes
+    assert again["stages"]["speech"]["files"] == manifest["stages"]["speech"]["files"]  # the same bytes, two processes
     assert not list((tmp_path / "one").rglob("*.tmp"))
 
 

@@ -97,9 +97,7 @@ def test_documents_are_deterministic_and_plentiful() -> None:
 def test_source_files_are_parsed_not_imported(tmp_path) -> None:
     (tmp_path / "b.py").write_text('"""Doc of b."""\nraise SystemExit("imported")\n')
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "z.py").write_text(
-        'class C:\n    """Doc of C."""\n    def f(self):\n        """Doc of f."""\n'
-    )
+    (tmp_path / "a" / "z.py").write_text('class C:\n    """Doc of C."""\n    def f(self):\n        """Doc of f."""\n')
     (tmp_path / "broken.py").write_text("def (:\n")
     (tmp_path / "binary.py").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "test").mkdir()
@@ -125,9 +123,7 @@ def test_split_is_disjoint_complete_and_independent_of_order() -> None:
     turned = split_sentences(sentences[::-1], dictionary, num_speech=100, seed=1)
     assert turned.speech == split.speech
     assert set(turned.train) == set(split.train)
-    more = split_sentences(
-        [*sentences, "one more sentence for all of us"], dictionary, num_speech=100, seed=1
-    )
+    more = split_sentences([*sentences, "one more sentence for all of us"], dictionary, num_speech=100, seed=1)
     assert set(split.train) <= set(more.train) | set(more.speech)
     assert split_sentences(sentences, dictionary, num_speech=100, seed=2).speech != split.speech
 
