@@ -160,7 +160,7 @@ def test_another_encoding(tmp_path: Path) -> None:
         read_nbest(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"")])
+@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"", mtime=0)])
 def test_empty_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "l.jsonl").write_bytes(content)
     with pytest.raises(DataError, match="empty"):
