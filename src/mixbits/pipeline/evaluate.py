@@ -10,7 +10,15 @@ from mixbits.errors import DataError
 from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import encode_file
 from mixbits.lm.perplexity import paired_difference, perplexity
+from mixbits.packing.modules import set_weight_cache
 from mixbits.runs import versions
+
+
+def load_scorer(path: str | Path) -> tuple[Any, Any]:
+    """(model, tokenizer) for repeated scoring: a packed model keeps its unpacked weights, 4 bytes a weight."""
+    model, tokenizer = load_model(path)
+    set_weight_cache(model)
+    return model, tokenizer
 
 
 def evaluate_models(
@@ -25,12 +33,12 @@ def evaluate_models(
 
     Raises DataError when the two models do not share a tokenizer.
     """
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_scorer(model)
     stream = encode_file(tokenizer, text)
     result = perplexity(lm, stream, context=context, stride=stride)
     found: dict[str, Any] = {**result.to_json(), "model_sha256": model_hash(model), "text_sha256": stream.sha256}
     if reference is not None:
-        other, other_tokenizer = load_model(reference)
+        other, other_tokenizer = load_scorer(reference)
         if other_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise DataError(
                 f"{model} and {reference} have different vocabularies; a paired difference needs the same one"

@@ -20,6 +20,7 @@ from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import TokenStream
 from mixbits.lm.perplexity import Perplexity, from_nll, paired_difference, perplexity
 from mixbits.pipeline.compress import measure_stream
+from mixbits.pipeline.evaluate import load_scorer
 from mixbits.pipeline.prepare import PreparedText, prepare_text
 from mixbits.pipeline.quantize import pack, train_quantized
 from mixbits.pipeline.rows import TrainedRow, fingerprint, run_row
@@ -132,7 +133,7 @@ def _evaluate(row: TrainedRow, test: TokenStream, context: int) -> Perplexity:
         with np.load(cache) as kept:
             if str(kept["key"]) == key:
                 return from_nll(kept["nll"], test, context=context, stride=max(1, context // 2))
-    model, _ = load_model(row.model)
+    model, _ = load_scorer(row.model)
     result = perplexity(model, test, context=context)
     partial = row.folder / "test.partial.npz"
     np.savez(partial, key=np.array(key), nll=result.nll)
