@@ -1,0 +1,222 @@
+"""``mixbits rescore LIST --model DIR``: rescored n-best lists, word error rates, significance.
+
+Where the weights come from: tuned on a dev list (``--dev``), a file of an earlier run (``--weights``), or by hand
+(``--lm-scale``). They are never tuned on LIST itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mixbits.asr.weights import Weights
+    from mixbits.pipeline.rescore import RescoredList
+
+_HOW_TO_WEIGH = (
+    "how much should the language model count? Weights are tuned on a list with references that is not LIST: give --dev DEV_LIST, "
+    "or --weights FILE from an earlier run (--save-weights), or set --lm-scale and --word-insertion-penalty by hand"
+)
+
+
+def main(
+    nbest: Annotated[Path, typer.Argument(metavar="LIST", help="n-best lists: JSONL, also .gz or .xz.")],
+    model: Annotated[Path, typer.Option("--model", "-m", help="Model directory, full precision or packed.")],
+    dev: Annotated[Path | None, typer.Option(help="Tune the weights on these lists (with references).")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Use the weights of an earlier run.")] = None,
+    lm_scale: Annotated[float | None, typer.Option(help="By hand: weight of the model's log-probability.")] = None,
+    first_pass_lm_scale: Annotated[
+        float | None, typer.Option(help="By hand: weight of the lists' own lm_score (0 if not given).")
+    ] = None,
+    word_insertion_penalty: Annotated[
+        float | None, typer.Option(help="By hand: added per word; a positive one favours long hypotheses.")
+    ] = None,
+    reference_model: Annotated[
+        Path | None, typer.Option(help="Compare with this model, e.g. the full-precision one.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the rescored lists here (.gz, .xz).")
+    ] = None,
+    save_weights: Annotated[Path | None, typer.Option(help="Write the weights here.")] = None,
+    lower_case: Annotated[bool, typer.Option("--lower-case", help="Give the model the texts in lower case.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Model positions at once: less needs less memory.")] = 4096,
+    one_by_one: Annotated[
+        bool, typer.Option("--one-by-one", help="Score each hypothesis apart (slower; for models that need it).")
+    ] = False,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Allow utterances that the weights were tuned on.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option(help="Folder to keep the model's scores in.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of tuning and bootstrap.")] = 0,
+) -> None:
+    """Rescore LIST with a language model; word error rates and significance where it has references.
+
+    The rows: first pass (the file's order), first pass tuned (no language model; with --dev), oracle (the best
+    hypothesis of each list), the reference model, the model. p: MAPSSWE, two-sided.
+    """
+    by_hand = (lm_scale, first_pass_lm_scale, word_insertion_penalty)
+    given = _given_weights(weights, dev, *by_hand)
+    _check_outputs(nbest, {"--output": output, "--save-weights": save_weights, "--json": json})
+
+    from mixbits.asr.formats.jsonl import write_nbest
+    from mixbits.pipeline.rescore import MODEL, ScoreSettings, rescore_list
+    from mixbits.runs import write_json
+
+    settings = ScoreSettings(
+        lower_case=lower_case,
+        max_tokens=max_tokens,
+        scoring="one-by-one" if one_by_one else "trie",
+        cache=cache,
+        show_progress=sys.stderr.isatty(),
+    )
+    result = rescore_list(
+        nbest, model, weights=given, dev=dev, reference_model=reference_model, settings=settings,
+        allow_overlap=allow_overlap, seed=seed,
+    )  # fmt: skip
+    written = []
+    if output is not None:
+        write_nbest(output, result.lists)
+        written.append(output)
+    if save_weights is not None:
+        result.weights[MODEL].save(save_weights)
+        written.append(save_weights)
+    if json is not None:
+        sources = {"list": nbest, "dev": dev, "model": model, "reference": reference_model}
+        write_json(json, _record(result, {k: str(v) for k, v in sources.items() if v is not None}, lower_case, seed))
+        written.append(json)
+    _print(result, model, reference_model)
+    for path in written:
+        typer.echo(f"wrote {path}")
+
+
+def _given_weights(
+    path: Path | None,
+    dev: Path | None,
+    lm_scale: float | None,
+    first_pass_lm_scale: float | None,
+    word_insertion_penalty: float | None,
+) -> Weights | None:
+    """Weights from a file or by hand; None when a dev list is given. Raises SpecError unless there is exactly one source."""
+    from mixbits.asr.weights import Weights, load_weights
+    from mixbits.errors import SpecError
+
+    hand = {
+        "--lm-scale": lm_scale,
+        "--first-pass-lm-scale": first_pass_lm_scale,
+        "--word-insertion-penalty": word_insertion_penalty,
+    }
+    used = [name for name, value in hand.items() if value is not None]
+    sources = [name for name, value in (("--dev", dev), ("--weights", path)) if value is not None] + used[:1]
+    if not sources:
+        raise SpecError(_HOW_TO_WEIGH)
+    if len(sources) > 1:
+        raise SpecError(f"{' and '.join(sources)} exclude each other: weights come from one place")
+    if used and lm_scale is None:
+        raise SpecError(f"{used[0]} needs --lm-scale beside it: how much the language model counts")
+    if path is not None:
+        return load_weights(path)
+    if dev is not None:
+        return None
+    assert lm_scale is not None
+    return Weights(
+        first_pass_lm_scale=first_pass_lm_scale or 0.0,
+        neural_lm_scale=lm_scale,
+        word_insertion_penalty=word_insertion_penalty or 0.0,
+    )
+
+
+def _check_outputs(nbest: Path, outputs: dict[str, Path | None]) -> None:
+    """Find out before an hour of scoring that a result cannot be written."""
+    from mixbits.errors import DataError
+
+    taken = {nbest.resolve(): "LIST"}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise DataError(f"{option} {path}: is a folder; expected a file name")
+        if (other := taken.setdefault(path.resolve(), option)) != option:
+            raise DataError(f"{option} {path}: is the same file as {other}; choose another name")
+
+
+def _record(result: RescoredList, sources: dict[str, str], lower_case: bool, seed: int) -> dict[str, Any]:
+    from mixbits.pipeline.rescore import weight_values
+    from mixbits.pipeline.speech_rows import NO_LOSS_RULE
+    from mixbits.runs import versions
+
+    lm = result.lm
+    return {
+        "format": "mixbits-rescoring",
+        "format_version": 1,
+        **sources,
+        "hashes": {"list": result.data_hash, **{k: w.model_hash for k, w in result.weights.items() if w.model_hash}},
+        "seed": seed,
+        "lower_case": lower_case,
+        "rows": result.entries,
+        "facts": result.facts,
+        "weights": {name: weight_values(weights) for name, weights in result.weights.items()},
+        "no_loss_rule": NO_LOSS_RULE,
+        "scoring": {
+            "hypotheses": len(lm.neural_lm_score),
+            "tokens": int(lm.num_tokens.sum()),
+            "distinct_prefixes": lm.num_nodes,
+            "seconds": lm.seconds,
+        },
+        "notes": list(result.notes),
+        "versions": versions(),
+    }
+
+
+def _print(result: RescoredList, model: Path, reference_model: Path | None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(width=140, highlight=False, markup=False)
+    labels = {"first-pass": "first pass", "first-pass-tuned": "first pass, tuned"}
+    labels |= {"reference": f"{reference_model} (reference)", "model": str(model)}
+    if result.entries is not None and result.facts is not None:
+        title = f"{result.facts['utterances']:,} utterances, {result.facts['words']:,} words"
+        table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+        table.add_column("system", overflow="fold", min_width=16)
+        for column in ("WER %", "sub", "del", "ins", "p (first pass)", *(["p (reference)"] if reference_model else [])):
+            table.add_column(column, justify="right", no_wrap=True)
+        rows = dict(result.entries)
+        oracle = {"wer": result.facts["oracle_wer"], "errors": result.facts["oracle_errors"]}
+        order = ["first-pass", "first-pass-tuned", "oracle", "reference", "model"]
+        for name in order:
+            entry = oracle if name == "oracle" else rows.get(name)
+            if entry is not None:
+                p_names = ("p_value_vs_first_pass", *(["p_value_vs_full"] if reference_model else []))
+                p_values = [_p_text(entry.get(key)) for key in p_names]
+                counts = [f"{entry['errors'][key]:,}" for key in ("sub", "del", "ins")]
+                table.add_row(Text(labels.get(name, name)), f"{entry['wer']:.2f}", *counts, *p_values)
+        console.print(table)
+        console.print(f"Verdict: {result.entries['model']['significance']}", soft_wrap=True)
+    for name, weights in result.weights.items():
+        scales = f"acoustic {weights.acoustic_scale:g}, first-pass LM {weights.first_pass_lm_scale:.4g}, "
+        scales += f"language model {weights.neural_lm_scale:.4g}, per word {weights.word_insertion_penalty:+.4g}, "
+        console.print(
+            f"Weights, {labels[name]}: {scales}per unknown word {weights.unknown_word_penalty:+.4g}", soft_wrap=True
+        )
+    lm = result.lm
+    console.print(
+        f"Scored {len(lm.neural_lm_score):,} hypotheses, {int(lm.num_tokens.sum()):,} tokens in {lm.num_nodes:,} model positions "
+        f"({lm.shared:.0%}), {lm.seconds:.1f} s; {int(lm.num_unknown.sum()):,} unknown words.",
+        soft_wrap=True,
+    )
+    for note in result.notes:
+        console.print(f"Note: {note}", soft_wrap=True)
+
+
+def _p_text(p: float | None) -> str:
+    if p is None:
+        return "–"
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"

@@ -1,0 +1,253 @@
+"""Rescore n-best lists with language models and compare the outputs.
+
+Every weight is tuned on the dev list, for each system apart; a test list that shares utterances with dev is refused. Two
+systems are always there beside the models:
+
+* ``first-pass``: the file's own order, whatever the recognizer ranked by;
+* ``first-pass-tuned``: acoustic score, first-pass LM score (where there is one) and word insertion penalty, tuned like the rest
+  but without a neural LM. Part of any gain over ``first-pass`` comes from tuning alone; this one shows how much.
+
+:func:`rescore_systems` is for experiments (many systems, all with references); :func:`rescore_list` for one list of a user,
+with weights from dev lists, a file or by hand, with or without references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixbits.asr.formats.jsonl import NBestFile, read_nbest
+from mixbits.asr.nbest import NBest, one_best_texts, reference_texts
+from mixbits.asr.rescore import DEFAULT_MAX_TOKENS, LmFeatures, apply_weights
+from mixbits.asr.tune import tune_on_lists
+from mixbits.asr.weights import SCALES, Weights, check_no_overlap
+from mixbits.errors import SpecError
+from mixbits.pipeline.lm_scores import Scoring, SpeechModel, neural_features, unknown_share
+from mixbits.pipeline.speech_rows import (
+    FIRST_PASS,
+    FIRST_PASS_TUNED,
+    NO_LOSS_RULE,
+    beats_first_pass,
+    compare,
+    gain_over_tuning,
+    list_facts,
+)
+
+__all__ = ["RescoredList", "ScoreSettings", "neural_features", "rescore_list", "rescore_systems", "tune_system"]
+
+MODEL, REFERENCE = "model", "reference"
+UNKNOWN_WORDS = "A word outside the language model's vocabulary gets the probability of <unk>; a penalty added per such word is tuned on dev."
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How language models score lists; see :func:`mixbits.pipeline.lm_scores.neural_features`."""
+
+    lower_case: bool = False
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    scoring: Scoring = "trie"
+    cache: str | Path | None = None
+    show_progress: bool = False
+
+    def score(self, model: SpeechModel, lists: Sequence[NBest]) -> LmFeatures:
+        """LM scores of all hypotheses."""
+        return neural_features(
+            model, lists, lower_case=self.lower_case, max_tokens=self.max_tokens, scoring=self.scoring,
+            cache=self.cache, progress=self.show_progress,
+        )  # fmt: skip
+
+
+def tune_system(model: SpeechModel | None, dev: NBestFile, *, settings: ScoreSettings, seed: int = 0) -> Weights:
+    """Weights of a system, tuned on dev lists with references; ``model`` None tunes the first pass alone."""
+    reference_texts(dev)
+    if model is None:
+        return tune_on_lists(dev, data_hash=dev.data_hash, seed=seed).weights
+    lm = settings.score(model, dev)
+    return tune_on_lists(
+        dev,
+        neural_lm_score=lm.neural_lm_score,
+        num_unknown=lm.num_unknown,
+        model_hash=model.model_hash,
+        data_hash=dev.data_hash,
+        seed=seed,
+    ).weights
+
+
+def rescore_systems(
+    systems: Mapping[str, str | Path],
+    dev: str | Path,
+    tests: Mapping[str, str | Path],
+    *,
+    reference_system: str = "full",
+    lower_case: bool = False,
+    seed: int = 0,
+    show_progress: bool = False,
+    first_pass_tuned: bool = True,
+    allow_overlap: bool = False,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    scoring: Scoring = "trie",
+    cache: str | Path | None = None,
+) -> dict[str, Any]:
+    """Tune every system on ``dev``, apply it to every test list, compare with ``reference_system``.
+
+    Args:
+        systems: name → model directory. tests: name → list; the one named ``test``, else the first, is the headline.
+        cache: folder of kept LM scores, so that a second run needs no model.
+
+    Returns plain data for a summary: ``rows`` (name → entry on the headline list, see :func:`mixbits.pipeline.speech_rows.compare`),
+    ``tests`` (list → name → entry), ``lists``, ``weights``, ``dev_wer``, ``gain_significant`` (headline list: ``reference_system``
+    beats the file's order and the tuned first pass), ``no_loss_rule``, ``headline``, ``notes``.
+
+    Raises:
+        SpecError: the reference system is missing, or a name is taken. DataError, FormatError: lists or models.
+    """
+    _check_names(systems, tests, reference_system)
+    settings = ScoreSettings(lower_case, max_tokens, scoring, cache, show_progress)
+    dev_file, files = read_nbest(dev), {name: read_nbest(path) for name, path in tests.items()}
+    reference_texts(dev_file)
+    for file in files.values():
+        reference_texts(file)
+        _refuse_overlap(dev_file, file, allow_overlap=allow_overlap)
+    models: dict[str, SpeechModel | None] = {FIRST_PASS_TUNED: None} if first_pass_tuned else {}
+    models |= {name: SpeechModel(directory) for name, directory in systems.items()}
+    weights: dict[str, Weights] = {}
+    outputs: dict[str, dict[str, list[str]]] = {name: {FIRST_PASS: one_best_texts(f)} for name, f in files.items()}
+    unknown: dict[str, float] = {}
+    for system in list(models):
+        model = models.pop(system)  # one model in memory at a time
+        weights[system] = tune_system(model, dev_file, settings=settings, seed=seed)
+        for name, file in files.items():
+            lm = None if model is None else settings.score(model, file)
+            outputs[name][system] = apply_weights(file, lm, weights[system], allow_overlap=allow_overlap).one_best
+        if model is not None and system == reference_system:
+            for name, file in {"dev": dev_file, **files}.items():
+                unknown[name] = unknown_share(model.tokenizer, reference_texts(file), lower_case=lower_case)
+    entries = {name: compare(file, outputs[name], reference_system, seed=seed) for name, file in files.items()}
+    headline = "test" if "test" in files else next(iter(files))
+    texts, file = outputs[headline], files[headline]
+    facts = {
+        name: list_facts(entry) | {"unknown_share": unknown[name], "data_hash": entry.data_hash}
+        for name, entry in {"dev": dev_file, **files}.items()
+    }
+    notes = [f"{FIRST_PASS} is the order of the hypotheses in the file. Weights are tuned on dev only.", UNKNOWN_WORDS]
+    if first_pass_tuned:
+        notes.append(f"List {headline!r}: {gain_over_tuning(file, texts, reference_system)}")
+    return {
+        "headline": headline,
+        "rows": entries[headline],
+        "tests": entries,
+        "lists": facts,
+        "weights": {name: weight_values(found) for name, found in weights.items()},
+        "dev_wer": {name: _dev_wer(found) for name, found in weights.items()},
+        "gain_significant": beats_first_pass(reference_texts(file), texts, reference_system),
+        "no_loss_rule": NO_LOSS_RULE,
+        "lower_case": lower_case,
+        "notes": notes,
+    }
+
+
+@dataclass(frozen=True)
+class RescoredList:
+    """One list rescored by ``model``, and by ``reference`` where there is a reference model.
+
+    ``lists``: sorted by the model's total score. ``weights``: by system. ``entries`` and ``facts``: word errors
+    (:mod:`mixbits.pipeline.speech_rows`), None where no utterance has a reference. ``lm``: the model's scores.
+    """
+
+    lists: tuple[NBest, ...]
+    weights: Mapping[str, Weights]
+    entries: Mapping[str, Mapping[str, Any]] | None
+    facts: Mapping[str, Any] | None
+    lm: LmFeatures
+    data_hash: str
+    notes: tuple[str, ...]
+
+
+def rescore_list(
+    path: str | Path,
+    model: str | Path,
+    *,
+    weights: Weights | None = None,
+    dev: str | Path | None = None,
+    reference_model: str | Path | None = None,
+    settings: ScoreSettings | None = None,
+    allow_overlap: bool = False,
+    seed: int = 0,
+) -> RescoredList:
+    """Rescore one list, with given ``weights`` (the same for both models) or weights tuned on ``dev`` for each model.
+
+    Utterances without a reference are rescored and left out of the word errors; their number is noted.
+
+    Raises:
+        SpecError: not exactly one of ``weights`` and ``dev``. DataError, FormatError: lists, models, overlap with dev.
+    """
+    if (weights is None) == (dev is None):
+        raise SpecError("give either weights or a dev list to tune them on")
+    settings, notes = settings or ScoreSettings(), [UNKNOWN_WORDS]
+    file = read_nbest(path)
+    dev_file = None if dev is None else read_nbest(dev)
+    source = dev_file if dev_file is not None else weights
+    assert source is not None
+    shared = _refuse_overlap(source, file, allow_overlap=allow_overlap)
+    if shared:
+        notes.append(f"{shared} utterances of this list were tuned on: its word error rates are too good.")
+    sources = {} if reference_model is None else {REFERENCE: reference_model}
+    systems: dict[str, SpeechModel | None] = {} if dev_file is None else {FIRST_PASS_TUNED: None}
+    systems |= {name: SpeechModel(directory) for name, directory in {**sources, MODEL: model}.items()}
+    found: dict[str, Weights] = {}
+    outputs = {FIRST_PASS: one_best_texts(file)}
+    for system, scorer in systems.items():
+        if dev_file is not None:
+            found[system] = tune_system(scorer, dev_file, settings=settings, seed=seed)
+        else:
+            assert weights is not None
+            found[system] = weights
+            if system == MODEL and scorer is not None and weights.model_hash not in (None, scorer.model_hash):
+                notes.append("The weights were tuned for another model; tune them for this one on a dev list.")
+        lm = None if scorer is None else settings.score(scorer, file)
+        done = apply_weights(file, lm, found[system], allow_overlap=allow_overlap)
+        outputs[system] = done.one_best
+    assert lm is not None  # MODEL comes last
+    entries = facts = None
+    spoken = [number for number, entry in enumerate(file) if entry.reference is not None]
+    if len(spoken) < len(file):
+        rest = "no word error rates" if not spoken else f"word error rates are over the other {len(spoken)}"
+        notes.append(f"{len(file) - len(spoken)} of {len(file)} utterances have no reference: {rest}.")
+    if spoken:
+        part = [file[number] for number in spoken]
+        texts = {name: [output[number] for number in spoken] for name, output in outputs.items()}
+        entries = compare(part, texts, None if reference_model is None else REFERENCE, seed=seed)
+        facts = list_facts(part)
+        if FIRST_PASS_TUNED in texts:
+            notes.append(gain_over_tuning(part, texts, MODEL))
+    return RescoredList(done.lists, found, entries, facts, lm, file.data_hash, tuple(notes))
+
+
+def weight_values(weights: Weights) -> dict[str, float]:
+    """The five multipliers by name."""
+    return {name: float(getattr(weights, name)) for name in SCALES}
+
+
+def _refuse_overlap(dev: NBestFile | Weights, lists: NBestFile, *, allow_overlap: bool) -> int:
+    """Number of utterances in both; DataError if there are any, unless they are allowed."""
+    weights = dev if isinstance(dev, Weights) else Weights(dev_utterances=tuple(entry.utterance for entry in dev))
+    check_no_overlap(weights, lists, allow_overlap=allow_overlap)
+    return len({entry.utterance for entry in lists} & set(weights.dev_utterances))
+
+
+def _dev_wer(weights: Weights) -> float | None:
+    if weights.dev_errors is None or not weights.dev_words:
+        return None
+    return 100.0 * weights.dev_errors / weights.dev_words
+
+
+def _check_names(systems: Mapping[str, Any], tests: Mapping[str, Any], reference_system: str) -> None:
+    if reference_system not in systems:
+        raise SpecError(f"no system is named {reference_system!r} to compare with; got {', '.join(systems) or 'none'}")
+    taken = sorted({FIRST_PASS, FIRST_PASS_TUNED} & set(systems))
+    if taken:
+        raise SpecError(f"system name {taken[0]!r} is taken by the first pass; choose another")
+    if not tests or "dev" in tests:
+        raise SpecError("give at least one test list, and name none of them 'dev'")
