@@ -34,7 +34,7 @@ def main(
 ) -> None:
     """Train a language model from scratch on plain text, one sentence a line."""
     from mixbits.lm.presets import ModelSize
-    from mixbits.lm.train import TrainSettings
+    from mixbits.lm.train_settings import TrainSettings
     from mixbits.pipeline.settings import Vocabulary, validate
     from mixbits.pipeline.train import train_from_text
 

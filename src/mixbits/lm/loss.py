@@ -5,23 +5,39 @@ through the output layer a few hundred rows at a time: training computes loss an
 logits away (:func:`training_loss`); scoring keeps one number per token (:func:`token_nll`). With a teacher, the gradient
 of ``(1 - w) * CE(targets) + w * KL(teacher || student)`` needs only the teacher's probabilities, chunk by chunk.
 
-Models whose logits are not plainly ``output_layer(last hidden state)`` (soft caps, logit scales) are recognised once and take the
-ordinary path through full logits. Under bfloat16 the loss value carries the rounding of single probabilities (about 0.2 %
+Models whose logits are not plainly ``output_layer(last hidden state)`` (soft caps, logit scales) are recognised once, by planting
+values behind the output layer, and take the ordinary path through full logits. Under bfloat16 the loss value carries the rounding of single probabilities (about 0.2 %
 each, averaged over the tokens); its gradients are those of ordinary autocast. All losses are means in nats per token; ``input_ids`` are (B, T + 1): a model reads
 the first T and predicts the last T.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 _CHUNK_ROWS = 512
 _SCORE_CHUNK_ELEMENTS = 8_000_000
+_PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within it no module trains (no dropout); afterwards each module's own flag is back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
 
 
 def hidden_states(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -30,23 +46,50 @@ def hidden_states(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.T
 
 
 def has_plain_head(model: Any) -> bool:
-    """True when logits are exactly ``output_layer(last_hidden_state)``; tried once on two tokens and remembered."""
-    known = getattr(model, "_mixbits_plain_head", None)
-    if known is not None:
-        return bool(known)
+    """True when logits are exactly ``output_layer(last_hidden_state)``; tried once on two tokens and remembered.
+
+    The answer does not depend on the weights, so training cannot make it wrong. Only while hidden states are all zero or not
+    finite nothing can be seen: then it is False for now.
+    """
+    known = _PLAIN_HEADS.get(model)
+    if known is None:
+        known = _try_head(model)
+        if known is None:
+            return False
+        _PLAIN_HEADS[model] = known
+    return known
+
+
+def _try_head(model: Any) -> bool | None:
+    """Does the output layer read the last hidden state, and do logits planted behind it come through untouched?
+
+    The planted logits reach 100, which shows soft caps that the small logits of a fresh model would hide. None: cannot be seen.
+    """
     head = model.get_output_embeddings()
-    plain = False
-    if head is not None and model.base_model is not model:
-        device = next(model.parameters()).device
-        ids = torch.tensor([[0, 1]], device=device) % model.config.get_text_config().vocab_size
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
-            expected, got = model(ids).logits, head(hidden_states(model, ids))
-        model.train(was_training)
-        plain = expected.shape == got.shape and torch.allclose(expected, got, rtol=1e-4, atol=1e-5)
-    model._mixbits_plain_head = plain
-    return plain
+    if head is None or model.base_model is model:
+        return False
+    seen: dict[str, torch.Tensor] = {}
+
+    def plant(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        seen["read"] = args[0]
+        planted = torch.linspace(-100, 100, output.numel(), device=output.device)
+        seen["logits"] = planted.view_as(output).to(output.dtype)
+        return seen["logits"]
+
+    device = next(model.parameters()).device
+    ids = torch.tensor([[0, 1]], device=device) % model.config.get_text_config().vocab_size
+    hook = head.register_forward_hook(plant)
+    try:
+        with evaluation_mode(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            logits, hidden = model(input_ids=ids, use_cache=False).logits, hidden_states(model, ids)
+    finally:
+        hook.remove()
+    if "logits" not in seen or logits.shape != seen["logits"].shape:
+        return False
+    if not bool(torch.isfinite(hidden).all()) or not bool(hidden.any()):
+        return None
+    untouched = torch.equal(logits.float(), seen["logits"].float())
+    return untouched and torch.allclose(seen["read"].float(), hidden.float(), rtol=1e-3, atol=1e-6)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -65,8 +108,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         num_rows = hidden.shape[0]
         low = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and ctx.needs_input_grad[2] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, num_rows, _CHUNK_ROWS):
             rows = slice(start, min(start + _CHUNK_ROWS, num_rows))
@@ -75,7 +119,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 logits = logits + bias.to(logits.dtype)
             grad = torch.softmax(logits, -1)
-            log_p = grad.gather(1, index).float().clamp_min_(torch.finfo(torch.float32).tiny).log_()
+            log_p = grad.gather(1, index).to(exact).clamp_min_(torch.finfo(torch.float32).tiny).log_()
             if teacher_logits is None:
                 total -= log_p.double().sum()
                 grad.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=grad.dtype))
@@ -83,28 +127,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 other = teacher_logits(rows)
                 teacher = torch.softmax(other, -1)
                 # KL(teacher || student) = log Z_s - log Z_t + sum_v t_v (other_v - logits_v); Z from one entry each
-                log_t = teacher.gather(1, index).float().clamp_min_(torch.finfo(torch.float32).tiny).log_()
-                log_ratio = (logits.gather(1, index).float() - log_p) - (other.gather(1, index).float() - log_t)
-                divergence = log_ratio.squeeze(1) + (teacher * (other - logits)).sum(-1, dtype=torch.float32)
+                log_t = teacher.gather(1, index).to(exact).clamp_min_(torch.finfo(torch.float32).tiny).log_()
+                log_ratio = (logits.gather(1, index).to(exact) - log_p) - (other.gather(1, index).to(exact) - log_t)
+                divergence = log_ratio.squeeze(1) + (teacher * (other - logits)).sum(-1, dtype=exact)
                 total += (teacher_weight * divergence).double().sum() - (1 - teacher_weight) * log_p.double().sum()
                 grad.sub_(teacher, alpha=teacher_weight)
                 grad.scatter_add_(1, index, torch.full_like(index, teacher_weight - 1.0, dtype=grad.dtype))
             grad_hidden[rows] = torch.mm(grad, low)
-            grad_weight += torch.mm(grad.T, hidden[rows])
+            if grad_weight is not None:
+                grad_weight += torch.mm(grad.T, hidden[rows])
             if grad_bias is not None:
-                grad_bias += grad.float().sum(0)
+                grad_bias += grad.to(exact).sum(0)
         scale = 1.0 / num_rows
-        ctx.save_for_backward(
-            grad_hidden.mul_(scale), grad_weight.mul_(scale), *([] if grad_bias is None else [grad_bias.mul_(scale)])
-        )
-        return (total * scale).float()
+        grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(*(None if g is None else g.mul_(scale) for g in grads))
+        return (total * scale).to(exact)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight, *grad_bias = ctx.saved_tensors
         (outer,) = grad_output
-        bias = grad_bias[0] * outer if grad_bias else None
-        return grad_hidden * outer.to(grad_hidden.dtype), grad_weight * outer, bias, None, None, None
+        return *(None if g is None else g * outer.to(g.dtype) for g in ctx.saved_tensors), None, None, None
 
 
 def training_loss(
@@ -140,11 +183,11 @@ def training_loss(
 
 def _teacher_chunks(teacher: Any, inputs: torch.Tensor) -> Callable[[slice], torch.Tensor]:
     with torch.no_grad():
-        if not has_plain_head(teacher):
+        head = teacher.get_output_embeddings()
+        if not (has_plain_head(teacher) and isinstance(head, nn.Linear)):
             logits = teacher(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
             return lambda rows: logits[rows]
         hidden = hidden_states(teacher, inputs).flatten(0, 1)
-        head = teacher.get_output_embeddings()
         low = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             low = torch.get_autocast_dtype(hidden.device.type)
@@ -181,7 +224,11 @@ def token_nll(model: Any, input_ids: torch.Tensor, *, first: int = 0) -> torch.T
     """
     inputs, targets = input_ids[:, :-1], input_ids[:, 1:][:, first:]
     if not has_plain_head(model):
-        logits = model(input_ids=inputs, use_cache=False).logits[:, first:].float()
-        return -logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+        rows = max(1, _SCORE_CHUNK_ELEMENTS // (inputs.shape[1] * model.config.get_text_config().vocab_size))
+        parts = []
+        for some, wanted in zip(inputs.split(rows), targets.split(rows), strict=True):
+            log_probs = model(input_ids=some, use_cache=False).logits[:, first:].float().log_softmax(-1)
+            parts.append(-log_probs.gather(-1, wanted[..., None]).squeeze(-1))
+        return torch.cat(parts)
     hidden = hidden_states(model, inputs)[:, first:]
     return -gather_log_probs(model, hidden.flatten(0, 1), targets.reshape(-1)).view(targets.shape)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mixbits.errors import DataError, SpecError
 from mixbits.lm.presets import ModelSize
-from mixbits.lm.train import TrainSettings
+from mixbits.lm.train_settings import TrainSettings
 
 
 class _Frozen(BaseModel):

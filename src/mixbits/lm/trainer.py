@@ -1,0 +1,166 @@
+"""The one Trainer subclass, and the interface of the method objects that quantize while it trains.
+
+The trainer knows nothing about quantization. A :class:`TrainingMethod` may change the weights the forward pass sees, add to the
+gradients, and do something after the optimizer's step; plain training is the method that does nothing. Validation is the mean
+loss of the model *as the method would deliver it* (projected on the grid), so that early stopping and the choice of the
+best checkpoint are made on what is stored in the end.
+
+Autocast is entered here, around the loss: transformers' own bfloat16 option wraps ``model.forward`` for good, which the chunked
+loss goes past and which would leave a trained model in bfloat16 ever after. Limit: one process, at most one GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from mixbits.errors import DataError
+from mixbits.lm.corpus import BlockDataset
+from mixbits.lm.loss import evaluation_mode, token_nll, training_loss
+
+MARKER_FILE = "mixbits_complete"
+METHOD_FILE = "mixbits_method.pt"
+
+
+class TrainingMethod(Protocol):
+    """What a method object does around each step; see `mixbits.quant.methods` for the quantizing ones."""
+
+    def parameters(self, model: nn.Module) -> list[dict[str, Any]] | None:
+        """Optimizer groups, or None for all of the model's parameters."""
+
+    def before_forward(self, model: nn.Module) -> None:
+        """May replace the weights the forward pass sees."""
+
+    def after_backward(self, model: nn.Module) -> None:
+        """May change gradients; must put the trained weights back."""
+
+    def after_step(self, model: nn.Module, step: int, num_steps: int) -> dict[str, float]:
+        """After the optimizer's step; returns figures to log (empty for none)."""
+
+    def delivered(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within it the model has the weights that would be stored."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors to keep beside a checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of state_dict."""
+
+
+class LMTrainer(Trainer):
+    """Trainer over blocks of tokens with an optional method and teacher, in ``precision`` (autocast) on float32 weights."""
+
+    def __init__(
+        self,
+        *args: Any,
+        method: TrainingMethod | None,
+        teacher: Any,
+        teacher_weight: float,
+        precision: torch.dtype,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.method, self.teacher, self.teacher_weight = method, teacher, teacher_weight
+        self.precision = precision
+        self.lm: Any = self.model
+        self.loss_is_scaled_for_ga = False  # training_loss is a per-batch mean
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over the method's groups, or Trainer's default."""
+        groups = self.method.parameters(self.lm) if self.method else None
+        if groups is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.lm)
+        self.optimizer = cls(groups, **{"weight_decay": self.args.weight_decay, **options})
+        return self.optimizer
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Autocast for the forward pass."""
+        stack = contextlib.ExitStack()
+        if self.precision != torch.float32:
+            stack.enter_context(torch.autocast(self.args.device.type, self.precision))
+        return stack
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Chunked cross-entropy, with the teacher's distribution mixed in."""
+        return training_loss(model, inputs["input_ids"], teacher=self.teacher, teacher_weight=self.teacher_weight)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward with the method's hooks around it; stops on a loss that is not finite."""
+        if self.method:
+            self.method.before_forward(self.lm)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.method:
+            self.method.after_backward(self.lm)
+        self._check_finite("training", float(loss), self.state.global_step + 1)
+        return loss
+
+    def _check_finite(self, kind: str, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise DataError(
+                f"{kind} loss is {loss} at step {step}; expected a finite value: train again with a lower learning_rate "
+                f"(now {self.args.learning_rate:g}); the last good checkpoint is kept in {self.args.output_dir}"
+            )
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean nats per token over the validation blocks, for the weights as they would be stored."""
+        blocks = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert isinstance(blocks, BlockDataset)
+        total, count = 0.0, 0
+        delivered = self.method.delivered(self.lm) if self.method else nullcontext()
+        with delivered, evaluation_mode(self.lm), torch.no_grad(), self.compute_loss_context_manager():
+            batch = max(1, self.args.per_device_eval_batch_size)
+            for start in range(0, len(blocks), batch):
+                rows = torch.stack([blocks[i]["input_ids"] for i in range(start, min(start + batch, len(blocks)))])
+                nll = token_nll(self.lm, rows.to(self.args.device))
+                total, count = total + float(nll.double().sum()), count + nll.numel()
+        self._check_finite("validation", total / count, self.state.global_step)
+        metrics = {f"{metric_key_prefix}_loss": total / count}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+        if self.method:
+            torch.save(self.method.state_dict(), folder / METHOD_FILE)
+        (folder / MARKER_FILE).write_text("complete\n")
+
+    def load_method(self, checkpoint: str | Path | None) -> None:
+        """Take the method's tensors from a checkpoint."""
+        if self.method and checkpoint is not None:
+            self.method.load_state_dict(torch.load(Path(checkpoint) / METHOD_FILE, weights_only=True))
+
+    def load_best(self, folder: Path) -> None:
+        """Load weights and method of the best checkpoint in ``folder`` by ``self.state``. Raises DataError when it is gone."""
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        if not (best / MARKER_FILE).is_file():
+            raise DataError(
+                f"{best}: the best checkpoint of this finished run is missing; remove {folder} and train again"
+            )
+        self.state.best_model_checkpoint = str(best)
+        self._load_best_model()
+        self.load_method(best)
+
+
+class AfterStep(TrainerCallback):
+    """Calls the method after each optimizer step and keeps its figures for the log."""
+
+    def __init__(self, method: TrainingMethod, log: Callable[[dict[str, float]], None]) -> None:
+        self.method, self.log = method, log
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        figures = self.method.after_step(model, state.global_step, state.max_steps)
+        if figures:
+            self.log(figures)
