@@ -42,7 +42,7 @@ class Admm:
         gamma_final: float = 1.0,
         num_updates: int = 40,
     ) -> None:
-        if not 0 < gamma <= gamma_final or num_updates < 1:
+        if not 0 < gamma <= gamma_final < math.inf or num_updates < 1:
             raise SpecError(
                 f"ADMM needs 0 < gamma <= gamma_final and num_updates >= 1; got {gamma}, {gamma_final}, {num_updates}"
             )
@@ -104,7 +104,7 @@ class Admm:
 
     def delivered(self, model: nn.Module) -> AbstractContextManager[None]:
         """Within it the units have their stored values."""
-        return stored_weights(self.units, self.quantized())
+        return stored_weights(model, self.units, self.quantized())
 
     def quantized(self) -> dict[str, QuantizedWeight]:
         """Exact projection of the present weights, scales searched anew from the last ones."""

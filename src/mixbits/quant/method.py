@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixbits.errors import DataError
+from mixbits.errors import DataError, SpecError
 from mixbits.quant.grid import dequantize, project, quantize_weight
 from mixbits.quant.units import as_matrix, unit_parameters
 from mixbits.spec import BitAllocation, ModelInventory, QuantizedWeight, QuantSpec
@@ -56,30 +56,56 @@ def trained_units(model: nn.Module, inventory: ModelInventory, allocation: BitAl
 
 def starting_scale(unit: TrainedUnit) -> torch.Tensor:
     """The best scale (rows, 1) or (1, 1) for the unit's present weight. Raises DataError naming the unit."""
-    try:
+    with _naming(unit):
         return project(unit.matrix, unit.spec)[1]
-    except DataError as error:
-        raise DataError(f"unit {unit.name}: {error}") from None
 
 
 @contextmanager
-def stored_weights(units: tuple[TrainedUnit, ...], weights: Mapping[str, QuantizedWeight]) -> Iterator[None]:
-    """Within it the units have the values that would be read back from the packed file."""
-    kept = {unit.name: unit.parameter.data for unit in units}
-    for unit in units:
-        unit.put(dequantize(weights[unit.name]))
+def stored_weights(
+    model: nn.Module, units: tuple[TrainedUnit, ...], weights: Mapping[str, QuantizedWeight]
+) -> Iterator[None]:
+    """Within it ``model`` has the very values that would be read back from the packed file.
+
+    Units are dequantized, every other saved floating-point tensor is rounded to float16. Afterwards, whatever happened,
+    all tensors are the ones they were.
+    """
+    quantized = {id(unit.parameter) for unit in units}
+    saved = {id(t): t for t in model.state_dict(keep_vars=True).values() if t.is_floating_point()}
+    kept = [(tensor, tensor.data) for tensor in saved.values()]
     try:
+        for unit in units:
+            unit.put(dequantize(weights[unit.name]))
+        for tensor, data in kept:
+            if id(tensor) not in quantized:
+                tensor.data = data.to(torch.float16).to(data.dtype)
         yield
     finally:
-        for unit in units:
-            unit.parameter.data = kept[unit.name]
+        for tensor, data in kept:
+            tensor.data = data
 
 
 def quantize_units(
     units: tuple[TrainedUnit, ...], scales: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, QuantizedWeight]:
-    """Exact projection of every unit on its storable grid, with the given scales or the best ones."""
-    return {u.name: quantize_weight(u.matrix, u.spec, scale=None if scales is None else scales[u.name]) for u in units}
+    """Exact projection of every unit on its storable grid, with the given scales or the best ones.
+
+    Raises DataError (NaN) or SpecError (scale beyond float16) naming the unit.
+    """
+    found = {}
+    for unit in units:
+        with _naming(unit):
+            scale = None if scales is None else scales[unit.name]
+            found[unit.name] = quantize_weight(unit.matrix, unit.spec, scale=scale)
+    return found
+
+
+@contextmanager
+def _naming(unit: TrainedUnit) -> Iterator[None]:
+    """Put the unit's name before the grid's complaints."""
+    try:
+        yield
+    except (DataError, SpecError) as error:
+        raise type(error)(f"unit {unit.name}: {error}") from None
 
 
 def copy_into(target: dict[str, torch.Tensor], source: Mapping[str, Any]) -> None:

@@ -32,7 +32,8 @@ class StraightThrough:
 
     @torch.no_grad()
     def before_forward(self, model: nn.Module) -> None:
-        """Show the forward pass the projected weights."""
+        """Show the forward pass the projected weights. What an interrupted step left is put back first."""
+        self.after_backward(model)
         for unit in self.units:
             weight, scale = unit.matrix, self.scales[unit.name]
             levels = nearest_levels(weight, scale, unit.spec)
@@ -43,7 +44,8 @@ class StraightThrough:
     def after_backward(self, model: nn.Module) -> None:
         """Put the full-precision weights back; their gradient is the projected weights' one."""
         for unit in self.units:
-            unit.parameter.data = self._kept.pop(unit.name)
+            if unit.name in self._kept:
+                unit.parameter.data = self._kept.pop(unit.name)
 
     def after_step(self, model: nn.Module, step: int, num_steps: int) -> dict[str, float]:
         """Nothing to do."""
@@ -51,7 +53,7 @@ class StraightThrough:
 
     def delivered(self, model: nn.Module) -> AbstractContextManager[None]:
         """Within it the units have their stored values."""
-        return stored_weights(self.units, self.quantized())
+        return stored_weights(model, self.units, self.quantized())
 
     def quantized(self) -> dict[str, QuantizedWeight]:
         """The units' exact projection with the present scales."""

@@ -2,6 +2,9 @@
 
 With W = scale * V the gradient of a group's scale is the sum of the weight gradients times the levels. Delivered scales are
 rounded to float16, as they are stored.
+
+Limits: the trainer clips the gradients of the model's own parameters only, so those of the scales are not clipped. That does no
+harm with AdamW, whose step is at most about the learning rate however large a gradient is; it would with plain gradient descent.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ class Refine:
 
     def delivered(self, model: nn.Module) -> AbstractContextManager[None]:
         """Within it the units have their stored values."""
-        return stored_weights(self.units, self.quantized())
+        return stored_weights(model, self.units, self.quantized())
 
     def quantized(self) -> dict[str, QuantizedWeight]:
         """The fixed codes with the present scales, rounded to float16."""
