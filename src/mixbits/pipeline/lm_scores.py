@@ -41,11 +41,16 @@ class SpeechModel:
 
     Args:
         source: a model directory, or (model, tokenizer), which then has no hash and no cached scores.
+
+    Raises:
+        DataError: no model directory (seen at once, not after other models have been scored).
     """
 
     def __init__(self, source: str | Path | tuple[Any, Any]) -> None:
         self.directory = None if isinstance(source, tuple) else Path(source)
         self._loaded = source if isinstance(source, tuple) else None
+        if self.directory is not None and not (self.directory / "config.json").is_file():
+            raise DataError(f"{self.directory}: no config.json; expected a Hugging Face model directory, packed or not")
 
     @cached_property
     def tokenizer(self) -> Any:
