@@ -1,0 +1,310 @@
+"""The integer program behind bit allocation: one option a unit, least total value, file no larger than the limit.
+
+Solver: scipy.optimize.milp (HiGHS) at zero relative gap, on a core. Before it, a Lagrangian bound drops the options that cannot be in any
+solution better than one at hand (reduced-cost fixing, which loses nothing). With fewer options the bounds of the header's length close in,
+which tightens the next round; nearly always one header length is left and the core is a plain multiple-choice knapsack.
+
+Where the header still has several lengths, its padding is a variable of the program and its digits enter by their lower bounds, so that
+nothing possible is excluded: an answer that fits is optimal; one that does not is cut off and the next best taken.
+
+Limits: above 300 units the search stops as soon as the answer is proved to be within 10^-4 of the optimum, which takes about a second at
+1,000 units, where the last byte of the header can cost minutes; what was proved is returned in ``bound``. HiGHS stops at an absolute gap of
+1e-6, which SciPy cannot change; values are scaled to a largest of 10^6, so that it is at most 10^-12 of the largest value left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixbits.quant.filesize import FileSizes, HeaderBounds, Within
+from mixbits.spec import HEADER_MULTIPLE
+
+_logger = logging.getLogger(__name__)
+_LARGEST_VALUE = 1e6
+_ROUNDING = 1e-12
+_CUT_COLUMNS = 2500
+_MAX_LENGTHS = 8
+_MAX_ROUNDS = 12
+_EXACT_UNITS = 300
+_LARGE_GAP, _LARGE_NODES = 1e-4, 300
+_TIME_LIMIT_SECONDS = 60.0
+
+Fits = Callable[[np.ndarray], bool]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Chosen option per unit (G,), total value, and the proved lower bound of the optimum."""
+
+    choice: np.ndarray
+    value: float
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        """How much better the optimum can be at most; 0 when proved exact (to one part in 10^12)."""
+        gap = self.value - self.bound
+        return gap if gap > _ROUNDING * abs(self.value) else 0.0
+
+
+def _total(value: np.ndarray, choice: np.ndarray) -> float:
+    return float(value[np.arange(len(value)), choice].sum())
+
+
+def solve(value: np.ndarray, sizes: FileSizes, max_bytes: int, fits: Fits, smallest: np.ndarray) -> Solution:
+    """Least total value among choices for which ``fits`` is true.
+
+    value: (G, S), infinite where a unit has no such option; fits: exact test of a choice (G,); smallest: a choice that fits.
+    """
+    cheapest = np.lexsort((sizes.data, value), axis=1)[:, 0]
+    if fits(cheapest):
+        total = _total(value, cheapest)
+        return Solution(cheapest, total, total)
+    best, kept, within = smallest, np.isfinite(value), Within.anything(value)
+    best, kept, within = _reduce_fully(value, sizes, kept, within, best, max_bytes, fits)
+    header = sizes.header_bounds(kept, within)
+    is_large = len(value) > _EXACT_UNITS
+    nodes = _LARGE_NODES if is_large else None
+    if is_large or not header.is_exact:
+        # A good answer for the likely length closes the bounds for good.
+        likely = _header_of(sizes, best)
+        for length in (likely, likely + HEADER_MULTIPLE):
+            found, _ = _milp(value, sizes, kept, header, (length, length), max_bytes, [], nodes)
+            if found is not None and fits(found):
+                best = found if _total(value, found) < _total(value, best) else best
+                break
+        best, kept, within = _reduce_fully(value, sizes, kept, within, best, max_bytes, fits)
+    total = _total(value, best)
+    if is_large and within.limit <= _LARGE_GAP * total:
+        return Solution(best, total, total - within.limit)
+    return _search(value, sizes, kept, within, best, max_bytes, fits)
+
+
+def _reduce_fully(
+    value: np.ndarray, sizes: FileSizes, kept: np.ndarray, within: Within, best: np.ndarray, max_bytes: int, fits: Fits
+) -> tuple[np.ndarray, np.ndarray, Within]:
+    for _ in range(_MAX_ROUNDS):
+        before = kept.sum()
+        best, kept, within = _reduce(value, sizes, kept, within, best, max_bytes, fits)
+        if kept.sum() == before:
+            break
+    return best, kept, within
+
+
+def _header_of(sizes: FileSizes, choice: np.ndarray) -> int:
+    """Padded header of one choice, exactly."""
+    single = np.zeros(sizes.data.shape, dtype=bool)
+    single[np.arange(len(choice)), choice] = True
+    return sizes.header_bounds(single).padded_high
+
+
+def _search(
+    value: np.ndarray, sizes: FileSizes, kept: np.ndarray, within: Within, best: np.ndarray, max_bytes: int, fits: Fits
+) -> Solution:
+    """Solve the core for each length the header may have (for all at once where they are many)."""
+    header = sizes.header_bounds(kept, within)
+    lengths = range(header.padded_low, header.padded_high + 1, HEADER_MULTIPLE)
+    spans = [(n, n) for n in lengths] if len(lengths) <= _MAX_LENGTHS else [(lengths[0], lengths[-1])]
+    bound = np.inf
+    for span in spans:
+        best, reached = _search_span(value, sizes, kept, header, span, best, max_bytes, fits)
+        bound = min(bound, reached)
+    total = _total(value, best)
+    return Solution(best, total, min(bound, total))
+
+
+def _search_span(
+    value: np.ndarray,
+    sizes: FileSizes,
+    kept: np.ndarray,
+    header: HeaderBounds,
+    span: tuple[int, int],
+    best: np.ndarray,
+    max_bytes: int,
+    fits: Fits,
+) -> tuple[np.ndarray, float]:
+    """Best choice with a header in ``span``, or ``best``; and the bound. Answers too large by their digits are cut off."""
+    cuts: list[np.ndarray] = []
+    while True:
+        found, bound = _milp(value, sizes, kept, header, span, max_bytes, cuts)
+        if found is None or bound >= _total(value, best):
+            return best, bound
+        if fits(found):
+            return (found if _total(value, found) < _total(value, best) else best), bound
+        if len(cuts) >= _CUT_COLUMNS / kept.sum():
+            return best, bound
+        cuts.append(found)
+
+
+def _reduce(
+    value: np.ndarray, sizes: FileSizes, kept: np.ndarray, within: Within, best: np.ndarray, max_bytes: int, fits: Fits
+) -> tuple[np.ndarray, np.ndarray, Within]:
+    """A choice at least as good as ``best`` that fits, the options of ``kept`` that a better one could use, and how far it can stray.
+
+    For a price p a byte, ``sum_u min_i (value + p * size) - p * room`` bounds every solution from below when size and room
+    are optimistic. What a solution's options exceed their units' minima by adds to that bound, so that in a better one
+    than ``best`` all excesses together stay below the difference.
+    """
+    header = sizes.header_bounds(kept, within)
+    allowed = np.where(kept, value, np.inf)
+    room = max_bytes - sizes.other_bytes
+    if header.is_exact:
+        size, room_low = sizes.data, room - header.padded_low
+    else:
+        size, room_low = sizes.data + header.low, room - header.fixed_low
+    best = _improve(allowed, sizes, header, best, room, fits)
+    price, _ = _price(allowed, size, room_low)
+    priced = allowed + price * size
+    least = priced.min(1)
+    bound = float(least.sum() - price * room_low)
+    slack = _ROUNDING * float(np.abs(least).sum() + price * abs(room_low))
+    limit = max(0.0, _total(value, best) - bound) + slack
+    excess = priced - least[:, None]
+    kept = kept & (excess <= limit)
+    kept[np.arange(len(value)), best] = True
+    rates = (0.0, *(10.0 ** (k / 4) / price for k in range(-4, 17)))
+    return best, kept, Within(np.where(np.isfinite(excess), excess, 0.0), limit, rates)
+
+
+def _improve(
+    value: np.ndarray, sizes: FileSizes, header: HeaderBounds, best: np.ndarray, room: int, fits: Fits
+) -> np.ndarray:
+    """``best``, or a greedy choice that is better and fits: first with the longest header, then with the header that gave."""
+    longest = header.padded_high
+    for _ in range(4):
+        _, choice = _price(value, sizes.data, room - longest)
+        if choice is None:
+            break
+        choice = _fill(value, sizes.data, choice, room - longest)
+        if _total(value, choice) < _total(value, best) and fits(choice):
+            best = choice
+        needed = _header_of(sizes, choice)
+        if needed >= longest:
+            break
+        longest = needed
+    return best
+
+
+def _price(value: np.ndarray, size: np.ndarray, room: int) -> tuple[float, np.ndarray | None]:
+    """The price of a byte at which the cheapest choice just fits, by bisection; and that choice (None: nothing fits)."""
+    rows = np.arange(len(value))
+
+    def at(price: float) -> np.ndarray:
+        return np.argmin(value + price * size, axis=1)
+
+    finite = value[np.isfinite(value)]
+    high = 2.0 * float(finite.max() - finite.min()) + np.finfo(float).tiny
+    low = high * 1e-30
+    if size[rows, at(high)].sum() > room:
+        return high, None
+    for _ in range(100):
+        middle = (low * high) ** 0.5
+        if size[rows, at(middle)].sum() > room:
+            low = middle
+        else:
+            high = middle
+    return high, at(high)
+
+
+def _fill(value: np.ndarray, size: np.ndarray, choice: np.ndarray, room: int) -> np.ndarray:
+    """Use up the room left by ``choice``: the single best improvement that fits, again and again."""
+    choice = choice.copy()
+    rows = np.arange(len(value))
+    for _ in range(size.size):
+        left = room - size[rows, choice].sum()
+        gain = np.where(size - size[rows, choice][:, None] <= left, value[rows, choice][:, None] - value, 0.0)
+        g, i = np.unravel_index(int(np.argmax(gain)), gain.shape)
+        if gain[g, i] <= 0:
+            break
+        choice[g] = i
+    return choice
+
+
+def _milp(
+    value: np.ndarray,
+    sizes: FileSizes,
+    kept: np.ndarray,
+    header: HeaderBounds,
+    span: tuple[int, int],
+    max_bytes: int,
+    cuts: list[np.ndarray],
+    node_limit: int | None = None,
+) -> tuple[np.ndarray | None, float]:
+    """HiGHS over the kept options, choices in ``cuts`` excluded. Returns (choice, or None if none is possible; lower bound)."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_matrix
+
+    groups, options = np.nonzero(kept)
+    num = len(groups)
+    least = np.where(kept, value, np.inf).min(1)
+    cost = np.append(value[groups, options] - least[groups], 0.0)
+    scale = _LARGEST_VALUE / cost.max() if cost.max() > 0 else 1.0
+    one = csr_matrix((np.ones(num), (groups, np.arange(num))), shape=(len(value), num + 1))
+    # The last column counts the multiples the padded header takes. Bytes are counted from the smallest choice's, to keep numbers small.
+    data = sizes.data[groups, options]
+    base = np.where(kept, sizes.data, np.iinfo(np.int64).max).min(1)
+    room = max_bytes - sizes.other_bytes - int(base.sum())
+    constraints = [
+        LinearConstraint(one, 1, 1),
+        LinearConstraint(csr_matrix(np.append(data - base[groups], HEADER_MULTIPLE).astype(float)), -np.inf, room),
+    ]
+    if header.fixed_low + np.where(kept, header.low, 0).max(1).sum() > span[0]:
+        row = np.append(-header.low[groups, options], HEADER_MULTIPLE).astype(float)
+        constraints.append(LinearConstraint(csr_matrix(row), header.fixed_low, np.inf))
+    for cut in cuts:
+        row = np.append(cut[groups] == options, 0).astype(float)
+        constraints.append(LinearConstraint(csr_matrix(row), -np.inf, len(cut) - 1))
+    multiples = [length // HEADER_MULTIPLE for length in span]
+    with _stdout_captured():
+        result = milp(
+            cost * scale,
+            integrality=np.ones(num + 1),
+            bounds=Bounds(np.append(np.zeros(num), multiples[0]), np.append(np.ones(num), multiples[1])),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0, "time_limit": _TIME_LIMIT_SECONDS, "node_limit": node_limit},
+        )
+    if result.x is None:
+        return None, -np.inf if result.status == 1 else np.inf
+    chosen = np.zeros(len(value), dtype=int)
+    picked = result.x[:num] > 0.5
+    chosen[groups[picked]] = options[picked]
+    return chosen, float(result.mip_dual_bound / scale + least.sum())
+
+
+@contextmanager
+def _stdout_captured() -> Iterator[None]:
+    """Send what C code prints on file descriptor 1 to the debug log (HiGHS prints stray lines). Process-wide while it lasts."""
+    try:
+        sys.stdout.flush()
+        saved = os.dup(1)
+    except (OSError, ValueError, AttributeError):  # no standard output at all
+        yield
+        return
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            yield
+        finally:
+            _flush_c_stdout()
+            os.dup2(saved, 1)
+            os.close(saved)
+            file.seek(0)
+            for line in file.read().decode(errors="replace").splitlines():
+                _logger.debug("HiGHS: %s", line)
+
+
+def _flush_c_stdout() -> None:
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).fflush(None)
+    except (OSError, AttributeError, TypeError):  # no C library to ask by that name (Windows)
+        _logger.debug("cannot flush the C library's standard output")
