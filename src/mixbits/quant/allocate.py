@@ -108,32 +108,36 @@ def _drop_dominated(value: np.ndarray, sizes: FileSizes) -> np.ndarray:
     return result
 
 
-def _refuse(inventory: ModelInventory, smallest: BitAllocation, needed: int, max_bytes: int) -> SpecError:
+def check_budget(inventory: ModelInventory, specs: Sequence[QuantSpec], *, max_bytes: int) -> None:
+    """Raise SpecError, naming the smallest size, if no choice of ``specs`` fits in ``max_bytes``; needs no sensitivities."""
+    if not specs:
+        raise SpecError("no specs to choose among; give at least one, e.g. 1,1.58,2,4")
+    candidates = [sorted(set(specs))] * len(inventory.units)
+    _check_size(inventory, candidates, FileSizes.of(inventory, candidates), max_bytes)
+
+
+def _check_size(
+    inventory: ModelInventory, candidates: Sequence[Sequence[QuantSpec]], sizes: FileSizes, max_bytes: int
+) -> None:
+    exists = np.arange(sizes.data.shape[1]) < np.array([[len(c)] for c in candidates])
+    choice = np.where(exists, sizes.data + sizes.entries, np.iinfo(np.int64).max).argmin(1)
+    smallest = _allocation([u.name for u in inventory.units], candidates, choice)
+    needed = predicted_bytes(inventory, smallest)
+    if needed <= max_bytes:
+        return
     names = {str(s) for s in smallest.specs.values()}
     how = (
         f"all units at {names.pop()}" if len(names) == 1 else f"each unit at its smallest of {', '.join(sorted(names))}"
     )
-    return SpecError(
+    raise SpecError(
         f"a budget of {max_bytes} bytes cannot be met: the smallest file possible with these specs is {needed} bytes, ratio "
         f"{math.floor(100 * compression_ratio(inventory, needed)) / 100:.2f} ({bits_per_weight(inventory, needed):.3f} bits "
         f"per weight), {how}; raise the budget or allow smaller specs"
     )
 
 
-def check_budget(inventory: ModelInventory, specs: Sequence[QuantSpec], *, max_bytes: int) -> None:
-    """Refuse a budget that no choice among ``specs`` can meet, before anything is measured.
-
-    Raises the same SpecError as :func:`allocate`, naming the smallest size.
-    """
-    if not specs:
-        raise SpecError("no specs to choose among; give at least one, e.g. 1,1.58,2,4")
-    options = sorted(set(specs))
-    sizes = FileSizes.of(inventory, [options] * len(inventory.units))
-    choice = (sizes.data + sizes.entries).argmin(1)
-    smallest = BitAllocation({u.name: options[i] for u, i in zip(inventory.units, choice, strict=True)})
-    needed = predicted_bytes(inventory, smallest)
-    if needed > max_bytes:
-        raise _refuse(inventory, smallest, needed, max_bytes)
+def _allocation(names: Sequence[str], candidates: Sequence[Sequence[QuantSpec]], choice: np.ndarray) -> BitAllocation:
+    return BitAllocation({n: c[i] for n, c, i in zip(names, candidates, choice, strict=True)})
 
 
 def allocate(
@@ -155,17 +159,12 @@ def allocate(
     candidates = _candidates(inventory, sensitivities, specs, fixed)
     names = [u.name for u in inventory.units]
 
-    def allocation(choice: np.ndarray) -> BitAllocation:
-        return BitAllocation({n: c[i] for n, c, i in zip(names, candidates, choice, strict=True)})
-
     sizes = FileSizes.of(inventory, candidates)
     value = _drop_dominated(_values(sensitivities, names, candidates), sizes)
+    allocation = partial(_allocation, names, candidates)
+    _check_size(inventory, candidates, sizes, max_bytes)
     smallest = np.where(np.isfinite(value), sizes.data + sizes.entries, np.iinfo(np.int64).max).argmin(1)
-    needed = predicted_bytes(inventory, allocation(smallest))
-    if needed > max_bytes:
-        raise _refuse(inventory, allocation(smallest), needed, max_bytes)
-    fits = partial(_fits, inventory, allocation, max_bytes)
-    solution = solve(value, sizes, max_bytes, fits, smallest)
+    solution = solve(value, sizes, max_bytes, partial(_fits, inventory, allocation, max_bytes), smallest)
     best = allocation(solution.choice)
     facts = _provenance(inventory, sensitivities, best, fixed)
     facts |= {"budget_bytes": max_bytes, "gap_nats": solution.gap}
