@@ -2,7 +2,8 @@
 
 A stream is every sentence's tokens followed by the boundary token (the tokenizer's eos), so that a model learns where
 sentences end; the first token of a stream is a boundary too. Blank lines are skipped. ``.gz`` and ``.xz`` are read as they are.
-Unknown words are whatever the tokenizer makes of them (``<unk>`` for word-level vocabularies) and are counted.
+Unknown words are whatever the tokenizer makes of them (``<unk>`` for word-level vocabularies) and are counted. Text is data: a
+``</s>`` or ``<|endoftext|>`` written in it is split like any other text and never becomes a boundary (:func:`encode_lines`).
 """
 
 from __future__ import annotations
@@ -100,6 +101,31 @@ def boundary_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def encode_lines(tokenizer: Any, lines: list[str]) -> list[list[int]]:
+    """Token ids of each line as plain text: special tokens written in it are not special.
+
+    Where a vocabulary holds them as words all the same (word-level), they become the unknown token. Raises DataError when there is
+    none and a line would hold a sentence boundary.
+    """
+    rows = tokenizer(
+        lines, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
+    )["input_ids"]
+    unknown, boundary = tokenizer.unk_token_id, boundary_id(tokenizer)
+    if unknown == boundary:
+        unknown = None
+    reserved = {boundary, tokenizer.bos_token_id, tokenizer.pad_token_id} - {None, unknown}
+    for index, row in enumerate(rows):
+        if reserved.isdisjoint(row):
+            continue
+        if unknown is None:
+            raise DataError(
+                f"text {lines[index][:60]!r} holds what the tokenizer reads as a special token (sentence boundary: "
+                f"{tokenizer.convert_ids_to_tokens(boundary)!r}); remove it, or give the tokenizer an unk token of its own"
+            )
+        rows[index] = [unknown if token in reserved else token for token in row]
+    return rows
+
+
 def encode(tokenizer: Any, sentences: Iterable[str]) -> TokenStream:
     """Tokenize sentences into one stream. Raises DataError when there are none."""
     boundary = boundary_id(tokenizer)
@@ -110,8 +136,7 @@ def encode(tokenizer: Any, sentences: Iterable[str]) -> TokenStream:
 
     def add(batch: list[str]) -> None:
         nonlocal num_words, unknown_words
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        for line, row in zip(batch, encoded, strict=True):
+        for line, row in zip(batch, encode_lines(tokenizer, batch), strict=True):
             digest.update(line.encode() + b"\n")
             num_words += len(line.split()) + 1
             ids.append(np.array([*row, boundary], np.int32))

@@ -2,12 +2,12 @@
 
 The vocabulary is the text's words by falling count (ties alphabetically), cut by size or by count, behind ``<pad>``,
 ``<unk>`` and ``</s>`` (the sentence boundary: bos and eos). A real pad token matters: OPT's default pad id 1 gets an embedding row that
-starts at zero and receives no gradient. A ``<unk>`` that stands in the text itself (Penn Treebank) is the same token.
+starts at zero and receives no gradient. A ``<unk>`` that stands in the text itself (Penn Treebank) is the same token; a
+``<pad>`` or ``</s>`` there is no word of the vocabulary (`mixbits.lm.corpus` reads it as ``<unk>``, never as a boundary).
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +26,7 @@ def word_tokenizer(
     ``max_words``: most frequent words kept, special tokens aside; ``min_count``: drop rarer words; ``max_length``: the
     model's context, saved with the tokenizer. Raises DataError when no words are left.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     if max_words is not None and max_words < 1:
@@ -42,7 +42,6 @@ def word_tokenizer(
     vocabulary = {word: index for index, word in enumerate([*special, *kept])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
@@ -64,6 +63,7 @@ def load_tokenizer(path: str | Path) -> Any:
             f"{path}: no tokenizer.json or tokenizer_config.json; expected a Hugging Face tokenizer directory"
         )
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: tokenizer cannot be loaded ({error})") from None
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: tokenizer cannot be loaded ({reason})") from None
