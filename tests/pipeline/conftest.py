@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-NOUNS = "cat dog bird fish horse cow sheep goat mouse fox".split()
-VERBS = "sees likes follows hears finds".split()
-ADJECTIVES = "small big old young grey quick".split()
+NOUNS = ["cat", "dog", "bird", "fish", "horse", "cow", "sheep", "goat", "mouse", "fox"]
+VERBS = ["sees", "likes", "follows", "hears", "finds"]
+ADJECTIVES = ["small", "big", "old", "young", "grey", "quick"]
 
 
 def sentences(number: int, seed: int) -> list[str]:
@@ -39,7 +39,12 @@ def random_model(family: str, tokenizer: Any, *, tied: bool = True, context: int
 
     torch.manual_seed(seed)
     special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.eos_token_id}
-    shared = {"vocab_size": len(tokenizer), "tie_word_embeddings": tied, "eos_token_id": tokenizer.eos_token_id, **special}
+    shared = {
+        "vocab_size": len(tokenizer),
+        "tie_word_embeddings": tied,
+        "eos_token_id": tokenizer.eos_token_id,
+        **special,
+    }
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": context}
     rotary = {**sizes, "num_key_value_heads": 1, "intermediate_size": 32, "head_dim": 8}
     config = {

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from mixbits.errors import DataError, FormatError, SpecError
 from mixbits.lm.checkpoint import load_model
 from mixbits.lm.corpus import encode_file

@@ -1,6 +1,9 @@
 """Rows: trained once, resumed, never mixed up with those of other settings."""
 
+import contextlib
+
 import pytest
+
 from mixbits.errors import DataError, FormatError
 from mixbits.pipeline.rows import fingerprint, finished_row, run_row
 from mixbits.runs import read_json
@@ -51,10 +54,8 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path, is_finished):
             raise KeyboardInterrupt
         return {}
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         run_row(tmp_path, "one", work)
-    except KeyboardInterrupt:
-        pass
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(DataError, match="other settings or data; choose another output folder"):
         run_row(tmp_path, "two", lambda train, model: pytest.fail("must not be called"))

@@ -25,7 +25,7 @@ def test_an_allocation_must_name_exactly_the_units(opt):
     missing = specs.popitem()[0]
     with pytest.raises(SpecError, match="misses"):
         trained_units(opt, inventory, BitAllocation(specs))
-    with pytest.raises(SpecError, match="unknown unit.*nowhere"):
+    with pytest.raises(SpecError, match=r"unknown unit.*nowhere"):
         trained_units(opt, inventory, BitAllocation({**specs, missing: QuantSpec(2), "nowhere": QuantSpec(2)}))
 
 

@@ -24,6 +24,7 @@ def main(
     specs: Annotated[str, typer.Option(help="Specs to choose among.")] = "1,1.58,2,3,4,8",
     no_train: Annotated[bool, typer.Option("--no-train", help="Round to the nearest codes only.")] = False,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model directory.")] = False,
 ) -> None:
     """Compress MODEL to a budget: give one of --ratio, --bytes and --bits-per-weight."""
     from mixbits.pipeline.compress import compress
@@ -39,7 +40,7 @@ def main(
     measure = {"num_probes": probes, "seed": seed, "specs": [s.strip() for s in specs.split(",") if s.strip()]}
     done = compress(
         model, text=text, output=output, ratio=ratio, max_bytes=max_bytes, bits_per_weight=bits_per_weight,
-        valid=valid, train=not no_train,
+        valid=valid, train=not no_train, overwrite=overwrite,
         quantize=validate(QuantizeSettings, {"method": method, "train": train}, where="mixbits compress"),
         measure=validate(MeasureSettings, measure, where="mixbits compress"),
     )  # fmt: skip

@@ -1,12 +1,14 @@
 """``compress``: a Hugging Face model and a text in, a packed model of the wanted size out.
 
 Measure sensitivities, allocate bits under the byte budget, train quantized with the full-precision model as teacher, refine,
-pack. Every stage leaves its file in the output's ``work`` folder, so that an interrupted run goes on where it stopped and a
-measured model is solved for another budget in seconds.
+pack. Every stage leaves its file in ``<output>.work``, so that an interrupted run goes on where it stopped, the same call
+again returns at once, and a measured model is solved for another budget in seconds. The output directory is a copy of the model
+packed there.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import TokenStream, encode_file, token_batches
 from mixbits.lm.loss import mean_loss
+from mixbits.pipeline.checks import check_full_precision, check_output, check_text
 from mixbits.pipeline.prepare import split_text, training_context
 from mixbits.pipeline.quantize import pack, round_to_nearest, train_quantized
 from mixbits.pipeline.rows import fingerprint, run_row
@@ -22,8 +25,10 @@ from mixbits.pipeline.settings import MeasureSettings, QuantizeSettings
 from mixbits.quant.allocate import allocate, budget_bytes
 from mixbits.quant.sensitivity import Sensitivities, measure_hessian, read_sensitivities, write_sensitivities
 from mixbits.quant.units import find_units
-from mixbits.runs import write_json
+from mixbits.runs import hash_file, read_json, write_json
 from mixbits.spec import BitAllocation, parse_specs
+
+_RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)
@@ -84,42 +89,58 @@ def compress(
     quantize: QuantizeSettings | None = None,
     measure: MeasureSettings | None = None,
     train: bool = True,
+    overwrite: bool = False,
     show_progress: bool = True,
 ) -> Compressed:
     """Compress the model directory ``model`` to a budget, training on ``text``, and write ``output``.
 
     Exactly one of ``ratio`` (4 bytes x parameters over bytes of the packed weight file), ``max_bytes`` and
-    ``bits_per_weight``. ``train=False`` only rounds to the nearest codes. Work files are kept in ``output``'s sibling
-    ``<output>.work`` and used again. Raises SpecError at once when the budget cannot be met, naming the smallest size.
+    ``bits_per_weight``. ``train=False`` only rounds to the nearest codes. ``overwrite`` replaces a model directory that is
+    there, made for another budget, say. Work files are kept in ``output``'s sibling ``<output>.work`` and used again.
+    Raises SpecError at once when the budget cannot be met, naming the smallest size; DataError when ``output`` is in use, the
+    model is broken or the text does not fit it.
     """
-    output = Path(output)
+    model, output = Path(model), Path(output)
     work = output.with_name(output.name + ".work")
+    measure, quantize = measure or MeasureSettings(), quantize or QuantizeSettings()
+    full_hash = model_hash(model)
+    budget_asked = {"ratio": ratio, "max_bytes": max_bytes, "bits_per_weight": bits_per_weight}
+    texts = [hash_file(text), None if valid is None else hash_file(valid)]
+    request = fingerprint(
+        "compress", full_hash, texts, budget_asked, measure.model_dump(), quantize.model_dump(), train
+    )
+    done = _already_there(output, work, request)
+    if done is not None:
+        return done
+    check_output(output, model, overwrite=overwrite)
     full, tokenizer = load_model(model)
+    check_full_precision(full, model)
     inventory = find_units(full)
     budget = budget_bytes(inventory, ratio=ratio, bytes=max_bytes, bits_per_weight=bits_per_weight)
-    measure = measure or MeasureSettings()
-    context = training_context(full)
-    quantize = quantize or QuantizeSettings()
-    quantize = quantize.model_copy(update={"train": quantize.train.model_copy(update={"context": context})})
     smallest_possible(inventory, measure, budget)
+    context = training_context(full)
+    quantize = quantize.model_copy(update={"train": quantize.train.model_copy(update={"context": context})})
     stream, held_out = split_text(tokenizer, text, valid)
-    full_hash = model_hash(model)
+    check_text(stream, context, text)
+    if train:
+        check_text(held_out, context, valid or f"{text} (held-out part)")
     sensitivities = _measured(full, stream, measure, context, work, full_hash, show_progress=show_progress)
     allocation = allocate(inventory, sensitivities, max_bytes=budget)
     write_json(work / "allocation.json", allocation.to_json())
     parts = [full_hash, allocation.to_json()["specs"], quantize.model_dump(), stream.sha256, held_out.sha256, train]
 
-    def job(folder: Path, _: Path) -> dict[str, Any]:
+    def job(train_folder: Path, model_folder: Path) -> dict[str, Any]:
         student, record = load_model(model)[0], dict[str, Any]()
         if train:
             weights, record = train_quantized(
-                student, stream, held_out, allocation, quantize, folder,
+                student, stream, held_out, allocation, quantize, train_folder,
                 teacher=full if quantize.train.teacher_weight else None, title="compress", show_progress=show_progress,
             )  # fmt: skip
         else:
             weights = round_to_nearest(student, allocation)
-        card = {"source model sha256": full_hash, "training text sha256": stream.sha256, "method": quantize.method}
-        saved = pack(student, tokenizer, allocation, weights, output, card=card, overwrite=True)
+        how = quantize.method if train else "round to nearest"
+        card = {"source model sha256": full_hash, "training text sha256": stream.sha256, "method": how}
+        saved = pack(student, tokenizer, allocation, weights, model_folder, card=card, overwrite=True)
         return record | {
             "bytes": saved.file_bytes,
             "ratio": saved.compression_ratio,
@@ -128,9 +149,44 @@ def compress(
 
     key = fingerprint("compress", *parts)
     row = run_row(work / key[:16], key, job)
-    return Compressed(
-        output, row.record["bytes"], row.record["ratio"], row.record["bits_per_weight"], allocation, row.record
+    _copy_directory(row.model, output, work)
+    write_json(
+        work / _RESULT_FILE,
+        {
+            "request": request,
+            "weights_sha256": model_hash(output),
+            "allocation": allocation.to_json(),
+            "record": row.record,
+        },
     )
+    return _result(output, allocation, row.record)
+
+
+def _result(output: Path, allocation: BitAllocation, record: dict[str, Any]) -> Compressed:
+    return Compressed(output, record["bytes"], record["ratio"], record["bits_per_weight"], allocation, record)
+
+
+def _already_there(output: Path, work: Path, request: str) -> Compressed | None:
+    """The result of the very same call, if ``output`` still is what it wrote."""
+    if not (work / _RESULT_FILE).is_file() or not (output / "config.json").is_file():
+        return None
+    kept = read_json(work / _RESULT_FILE)
+    if kept.get("request") != request or kept.get("weights_sha256") != model_hash(output):
+        return None
+    allocation = BitAllocation.from_json(kept["allocation"], where=str(work / _RESULT_FILE))
+    return _result(output, allocation, kept["record"])
+
+
+def _copy_directory(source: Path, target: Path, work: Path) -> None:
+    """Copy a model directory within ``work``, then move the copy to ``target``, which was checked before."""
+    partial, aside = work / "copy.partial", work / "replaced"
+    for leftover in (partial, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(source, partial)
+    if target.exists():
+        target.rename(aside)
+    partial.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def smallest_possible(inventory: Any, measure: MeasureSettings, budget: int) -> None:

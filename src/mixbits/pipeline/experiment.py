@@ -9,40 +9,34 @@ differences are paired over sentences. All figures of packed models come from th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mixbits.errors import DataError
 from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import TokenStream
-from mixbits.lm.perplexity import Perplexity, from_nll, paired_difference, perplexity
+from mixbits.lm.perplexity import Perplexity, from_nll, perplexity
+from mixbits.lm.presets import build_model
+from mixbits.pipeline.checks import check_text
 from mixbits.pipeline.compress import measure_stream
 from mixbits.pipeline.evaluate import load_scorer
 from mixbits.pipeline.prepare import PreparedText, prepare_text
 from mixbits.pipeline.quantize import pack, train_quantized
 from mixbits.pipeline.rows import TrainedRow, fingerprint, run_row
-from mixbits.pipeline.settings import ExperimentSettings, Row
+from mixbits.pipeline.settings import ExperimentSettings, Row, validate
+from mixbits.pipeline.summarize import Evaluated, summarize
 from mixbits.pipeline.train import train_continued, train_full
-from mixbits.quant.allocate import allocate, budget_bytes
+from mixbits.quant.allocate import allocate, budget_bytes, check_budget
 from mixbits.quant.sensitivity import Sensitivities, read_sensitivities, write_sensitivities
 from mixbits.quant.units import find_units
-from mixbits.runs import versions, write_json
-from mixbits.spec import BitAllocation, ModelInventory, QuantSpec, bits_per_weight, compression_ratio
+from mixbits.runs import read_json, write_json
+from mixbits.spec import BitAllocation, ModelInventory, QuantSpec, parse_specs
 from mixbits.summary import write_summary
 
-SUMMARY_FILE = "summary.json"
-
-
-@dataclass(frozen=True)
-class _Evaluated:
-    """A trained row with its test perplexity."""
-
-    name: str
-    trained: TrainedRow
-    result: Perplexity
+SUMMARY_FILE, SETTINGS_FILE = "summary.json", "settings.json"
 
 
 def run_experiment(
@@ -50,13 +44,16 @@ def run_experiment(
 ) -> Path:
     """Run a recipe into ``folder`` and return the path of its ``summary.json``.
 
-    Rows that are already there with the same settings and data are not trained again; an interrupted row is resumed. Raises the
-    errors of the stages; nothing is lost by stopping.
+    Rows that are already there with the same settings and data are not trained again; an interrupted row is resumed; rows may be
+    added. Raises, before anything is trained or touched: DataError when ``folder`` holds a run with other settings or other text, or a
+    file is missing; SpecError when a budget cannot be met.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", settings.model_dump())
+    check_same_settings(settings, folder / SETTINGS_FILE)
     text = prepare_text(settings)
+    _check_before_training(settings, text)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS_FILE, settings.model_dump())
     full = train_full(settings, text, folder / "full", show_progress=show_progress)
     continued = train_continued(settings, text, full, folder / "full-continued", show_progress=show_progress)
     inventory = find_units(load_model(full.model)[0])
@@ -67,12 +64,50 @@ def run_experiment(
         trained[row.name] = _train_row(
             settings, row, text, full, allocations[row.name], folder, show_progress=show_progress
         )
-    evaluated = {n: _Evaluated(n, t, _evaluate(t, text.test, settings.model.context)) for n, t in trained.items()}
-    speech = _rescore(settings, trained, folder, show_progress=show_progress)
-    summary = _summarize(settings, text, inventory, evaluated, allocations, sensitivities, speech, command)
+    evaluated = {n: Evaluated(n, t, _evaluate(t, text.test, settings.model.context)) for n, t in trained.items()}
+    baseline = baseline_name(trained)
+    speech = _rescore(settings, trained, baseline, folder, show_progress=show_progress)
+    summary = summarize(settings, text, inventory, evaluated, baseline, allocations, sensitivities, speech, command)
     path = folder / SUMMARY_FILE
     write_summary(path, summary)
     return path
+
+
+def check_same_settings(settings: ExperimentSettings, path: Path) -> None:
+    """Raise DataError naming the settings that differ from those a folder's rows were made with.
+
+    Title, speech lists and the texts' paths may change (their content is checked with each row), and rows may come and go.
+    """
+    if not path.is_file():
+        return
+    kept = validate(ExperimentSettings, read_json(path), where=str(path))
+    names = ("vocabulary", "model", "full", "quantize", "measure", "seed")
+    changed = [name for name in names if getattr(kept, name) != getattr(settings, name)]
+    if kept.text.max_train_words != settings.text.max_train_words:
+        changed.append("text.max_train_words")
+    before = {row.name: row for row in kept.rows}
+    changed += [f"row {row.name}" for row in settings.rows if before.get(row.name, row) != row]
+    if changed:
+        raise DataError(
+            f"{path.parent}: holds a run with other settings ({', '.join(changed)}); choose another output folder or remove this one"
+        )
+
+
+def _check_before_training(settings: ExperimentSettings, text: PreparedText) -> None:
+    """Budgets that cannot be met, text that is too short and missing lists are refused before hours of training."""
+    inventory = find_units(build_model(settings.model, text.tokenizer, seed=settings.seed))
+    specs = parse_specs(settings.measure.specs)
+    for row in settings.rows:
+        if row.spec is not None:
+            QuantSpec.parse(row.spec)
+        else:
+            check_budget(inventory, specs, max_bytes=budget_bytes(inventory, ratio=row.ratio))
+    for name in ("train", "valid", "test"):
+        check_text(getattr(text, name), settings.model.context if name != "test" else 1, f"text.{name}")
+    lists = [settings.speech.dev, *settings.speech.test.values()] if settings.speech else []
+    for path in lists:
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such n-best list")
 
 
 def row_allocation(row: Row, inventory: ModelInventory, sensitivities: Sensitivities) -> BitAllocation:
@@ -141,8 +176,13 @@ def _evaluate(row: TrainedRow, test: TokenStream, context: int) -> Perplexity:
     return result
 
 
+def baseline_name(trained: Mapping[str, TrainedRow]) -> str:
+    """What losses are measured against: the better of the two full-precision rows on validation."""
+    return min(("full", "full-continued"), key=lambda name: trained[name].record["valid_nats"])
+
+
 def _rescore(
-    settings: ExperimentSettings, trained: Mapping[str, TrainedRow], folder: Path, *, show_progress: bool
+    settings: ExperimentSettings, trained: Mapping[str, TrainedRow], baseline: str, folder: Path, *, show_progress: bool
 ) -> dict[str, Any] | None:
     if settings.speech is None:
         return None
@@ -152,145 +192,9 @@ def _rescore(
         {name: row.model for name, row in trained.items()},
         settings.speech.dev,
         settings.speech.test,
+        reference_system=baseline,
         lower_case=settings.speech.lower_case,
         seed=settings.seed,
         show_progress=show_progress,
         cache=folder / "scores",
     )
-
-
-def equal_bytes(
-    learned: str,
-    sizes: Mapping[str, int],
-    results: Mapping[str, Perplexity],
-    uniform: Sequence[str],
-    stream: TokenStream,
-) -> dict[str, Any]:
-    """A learned row against the uniform curve at its own bytes: log-perplexity interpolated linearly in bytes.
-
-    The difference is paired token by token with the same interpolation of the two neighbours' log-probabilities.
-    """
-    size = sizes[learned]
-    below = max((u for u in uniform if sizes[u] <= size), key=lambda u: sizes[u], default=None)
-    above = min((u for u in uniform if sizes[u] >= size), key=lambda u: sizes[u], default=None)
-    if below is None or above is None:
-        return {"name": learned, "neighbours": [], "verdict": f"no uniform rows on both sides of {size:,} bytes"}
-    span = sizes[above] - sizes[below]
-    share = 0.0 if span == 0 else (size - sizes[below]) / span
-    mixed = (1 - share) * results[below].nll.astype(np.float64) + share * results[above].nll.astype(np.float64)
-    reference = from_nll(mixed, stream, context=results[below].context, stride=results[below].stride)
-    delta, stderr = paired_difference(results[learned], reference, stream)
-    return {
-        "name": learned,
-        "interpolated_nats": reference.nats_per_token,
-        "nats": results[learned].nats_per_token,
-        "delta_nats": delta,
-        "delta_nats_stderr": stderr,
-        "neighbours": [below, above],
-        "verdict": _verdict(delta, stderr),
-    }
-
-
-def _verdict(delta: float, stderr: float) -> str:
-    change = f"{100 * np.expm1(delta):+.2f} % perplexity"
-    if abs(delta) <= 2 * stderr:
-        return (
-            f"learned bits and uniform bits cannot be told apart at equal bytes ({change}, within two standard errors)"
-        )
-    word = "better" if delta < 0 else "not better"
-    return f"learned bits are {word} than uniform bits at equal bytes ({change})"
-
-
-def _row_json(
-    item: _Evaluated,
-    baseline: _Evaluated,
-    inventory: ModelInventory,
-    text: PreparedText,
-    speech: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    record, result = item.trained.record, item.result
-    size = int(record.get("bytes") or inventory.full_bytes)
-    delta, stderr = paired_difference(result, baseline.result, text.test)
-    row = {
-        "name": item.name,
-        "bytes": size,
-        "ratio": compression_ratio(inventory, size),
-        "bits_per_weight": bits_per_weight(inventory, size),
-        "ppl": result.ppl,
-        "ppl_stderr": result.ppl_stderr,
-        "wer": None,
-        "p_value_vs_full": None,
-        "valid_ppl": float(np.exp(record["valid_nats"])),
-        "nats": result.nats_per_token,
-        "delta_nats": delta,
-        "delta_nats_stderr": stderr,
-        "method": record.get("method"),
-        "epochs": record.get("epochs"),
-        "train_seconds": record.get("train_seconds"),
-    }
-    return row | dict((speech or {}).get("rows", {}).get(item.name, {}))
-
-
-def _summarize(
-    settings: ExperimentSettings,
-    text: PreparedText,
-    inventory: ModelInventory,
-    evaluated: Mapping[str, _Evaluated],
-    allocations: Mapping[str, BitAllocation],
-    sensitivities: Sensitivities,
-    speech: Mapping[str, Any] | None,
-    command: str,
-) -> dict[str, Any]:
-    full, continued = evaluated["full"], evaluated["full-continued"]
-    baseline = min(full, continued, key=lambda e: e.trained.record["valid_nats"])
-    rows = [_row_json(e, baseline, inventory, text, speech) for e in evaluated.values()]
-    if speech is not None:
-        rows.insert(0, {"name": "first-pass", "bytes": None, "ratio": None, "bits_per_weight": None, "ppl": None,
-                        "ppl_stderr": None, **speech["rows"]["first-pass"]})  # fmt: skip
-    method = settings.quantize.method
-    uniform = [r.name for r in settings.rows if r.spec is not None and (r.method or method) == method]
-    sizes = {n: int(e.trained.record["bytes"]) for n, e in evaluated.items() if e.trained.record.get("bytes")}
-    results = {n: e.result for n, e in evaluated.items()}
-    learned = [r.name for r in settings.rows if r.ratio is not None]
-    stored = (full.trained.model / "model.safetensors").stat().st_size
-    return {
-        "format": "mixbits-summary",
-        "format_version": 1,
-        "title": settings.title,
-        "seed": settings.seed,
-        "versions": versions(),
-        "command": command,
-        "data": {
-            **text.hashes,
-            "vocabulary": len(text.tokenizer),
-            "unknown_share_test": text.test.num_unknown / text.test.num_words,
-        },
-        "baseline": baseline.name,
-        "rows": rows,
-        "equal_bytes": [equal_bytes(n, sizes, results, uniform, text.test) for n in learned],
-        "allocations": {n: {u: str(s) for u, s in a.specs.items()} for n, a in allocations.items()},
-        "unit_weights": {u.name: u.num_weights for u in inventory.units},
-        "sensitivity": _sensitivity_json(sensitivities),
-        "asr": {k: v for k, v in speech.items() if k != "rows"} if speech else {},
-        "notes": [
-            f"Full precision is counted as 4 bytes x {inventory.num_parameters:,} distinct parameters = {inventory.full_bytes:,} bytes; "
-            f"its stored file has {stored:,}.",
-            "Unknown words are predicted as one <unk> each.",
-            f"Test perplexity: sliding window of {settings.model.context} tokens, stride {max(1, settings.model.context // 2)}, float32, "
-            "models loaded back from disk; standard errors over sentences.",
-        ],
-        "settings": settings.model_dump(),
-        "training_logs": {n: e.trained.record.get("log", []) for n, e in evaluated.items()},
-    }
-
-
-def _sensitivity_json(sensitivities: Sensitivities) -> dict[str, Any]:
-    units = {}
-    for name, unit in sensitivities.units.items():
-        trace = unit.trace
-        units[name] = {
-            "trace": None if trace is None else trace.trace,
-            "trace_stderr": None if trace is None else trace.trace_stderr,
-            "sensitivity": {str(spec): value for spec, value in unit.loss_increase.items()},
-        }
-    return {"measure": sensitivities.measure, "units": units}

@@ -1,19 +1,29 @@
-"""From a full-precision model and an allocation to a packed model: train, project, refine, pack."""
+"""From a full-precision model and an allocation to a packed model: train, project, refine, pack.
+
+Training has two stages, codes and refinement. The result of the first is kept in a file, so that a run that is killed during the
+second does not come back to the first.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from mixbits.errors import DataError, SpecError
+import torch
+
+from mixbits.errors import SpecError
 from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import TokenStream
 from mixbits.lm.train import TrainSettings, train_model
 from mixbits.packing.checkpoint import SavedModel, save_packed
+from mixbits.pipeline.checks import check_full_precision, check_output, check_text
 from mixbits.pipeline.prepare import split_text, training_context
+from mixbits.pipeline.rows import fingerprint
 from mixbits.pipeline.settings import QuantizeSettings
 from mixbits.quant.admm import Admm
+from mixbits.quant.grid import dequantize
 from mixbits.quant.method import quantize_units, trained_units
 from mixbits.quant.qat import StraightThrough
 from mixbits.quant.refine import Refine
@@ -49,19 +59,16 @@ def train_quantized(
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
     """Train ``model``'s units on their grids, then refine scales, biases and norms around fixed codes.
 
-    ``model`` is changed in place; checkpoints go to ``folder`` and are resumed from. Returns (stored weights per quantized
-    unit, {"valid_nats", "steps", "epochs", "log"}). Refinement that does not lower the validation loss is not kept.
+    ``model`` is changed in place: afterwards its units have the stored values. Checkpoints go to ``folder`` and are resumed
+    from. Returns (stored weights per quantized unit, {"valid_nats", "steps", "epochs", "log"}). Refinement that does not lower
+    the validation loss is not kept. With no quantized unit nothing is trained.
     """
     inventory = find_units(model)
-    allocation.check(inventory)
-    if not any(spec.is_quantized for spec in allocation.specs.values()):
+    units = trained_units(model, inventory, allocation)
+    if not units:
         return {}, {"valid_nats": None, "steps": 0, "epochs": 0.0, "log": []}
-    method = _method(model, inventory, allocation, settings)
-    found = train_model(
-        model, train, valid, settings.train, folder / "codes",
-        method=method, teacher=teacher, resume=True, title=title, show_progress=show_progress,
-    )  # fmt: skip
-    weights: dict[str, QuantizedWeight] = method.quantized()
+    shared: dict[str, Any] = {"teacher": teacher, "resume": True, "show_progress": show_progress}
+    weights, found = _train_codes(model, train, valid, inventory, allocation, settings, folder, title=title, **shared)
     record = {
         "valid_nats": found["valid_nats"],
         "steps": found["steps"],
@@ -73,7 +80,7 @@ def train_quantized(
         refine = Refine(model, inventory, allocation, weights)
         finer = train_model(
             model, train, valid, _refine_settings(settings), folder / "refine",
-            method=refine, teacher=teacher, resume=True, title=f"{title}: refine", show_progress=show_progress,
+            method=refine, title=f"{title}: refine", **shared,
         )  # fmt: skip
         record["refine_valid_nats"] = finer["valid_nats"]
         if finer["valid_nats"] < found["valid_nats"]:
@@ -83,7 +90,37 @@ def train_quantized(
         else:
             for name, parameter in model.named_parameters():
                 parameter.data = before[name]
+    for unit in units:
+        unit.put(dequantize(weights[unit.name]))
     return weights, record
+
+
+def _train_codes(
+    model: Any,
+    train: TokenStream,
+    valid: TokenStream,
+    inventory: ModelInventory,
+    allocation: BitAllocation,
+    settings: QuantizeSettings,
+    folder: Path,
+    **options: Any,
+) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
+    """The first stage, or its result if it was finished before."""
+    path = folder / "codes.pt"
+    if path.is_file():
+        kept = torch.load(path, weights_only=True)
+        model.load_state_dict(kept["model"])
+        weights = {name: QuantizedWeight(allocation.specs[name], *pair) for name, pair in kept["weights"].items()}
+        return weights, kept["found"]
+    method = _method(model, inventory, allocation, settings)
+    found = train_model(model, train, valid, settings.train, folder / "codes", method=method, **options)
+    weights = method.quantized()
+    partial = path.with_suffix(".partial")
+    pairs = {name: (w.codes, w.scales) for name, w in weights.items()}
+    torch.save({"model": model.state_dict(), "weights": pairs, "found": found}, partial)
+    os.replace(partial, path)
+    shutil.rmtree(folder / "codes", ignore_errors=True)
+    return weights, found
 
 
 def _refine_settings(settings: QuantizeSettings) -> TrainSettings:
@@ -130,14 +167,15 @@ def quantize_model(
 ) -> SavedModel:
     """Quantize a model directory under an allocation file (or one ``spec`` for all units) and write a packed one.
 
-    Without ``text`` the weights are only rounded. Checkpoints lie in ``<output>.work`` until it is done.
+    Without ``text`` the weights are only rounded. Checkpoints lie in ``<output>.work`` until it is done; an interrupted call is
+    resumed by the same call. Raises DataError (``output`` in use, broken model, unfit text), SpecError (wrong allocation).
     """
-    output = Path(output)
-    if output.exists() and not overwrite:
-        raise DataError(f"{output}: exists already; choose another output folder or give --overwrite")
+    model, output = Path(model), Path(output)
+    check_output(output, model, overwrite=overwrite)
     if (allocation is None) == (spec is None):
         raise SpecError("give exactly one of an allocation file and a spec for all units")
     student, tokenizer = load_model(model)
+    check_full_precision(student, model)
     inventory = find_units(student)
     if spec is not None:
         bits = BitAllocation.uniform(inventory, QuantSpec.parse(spec))
@@ -145,19 +183,27 @@ def quantize_model(
         assert allocation is not None
         bits = BitAllocation.from_json(read_json(allocation), where=str(allocation))
     bits.check(inventory)
-    work = output.with_name(output.name + ".work")
-    card = {"source model sha256": model_hash(model), "method": settings.method if text else "round to nearest"}
+    full_hash = model_hash(model)
+    card = {"source model sha256": full_hash, "method": settings.method if text else "round to nearest"}
     if text is None:
         weights = round_to_nearest(student, bits)
-    else:
-        train = settings.train.model_copy(update={"context": training_context(student)})
-        settings = settings.model_copy(update={"train": train})
-        stream, held_out = split_text(tokenizer, text, valid)
-        teacher = load_model(model)[0] if train.teacher_weight else None
-        weights, _ = train_quantized(
-            student, stream, held_out, bits, settings, work, teacher=teacher, show_progress=show_progress
-        )
-        card["training text sha256"] = stream.sha256
+        return pack(student, tokenizer, bits, weights, output, card=card, overwrite=overwrite)
+    context = training_context(student)
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"context": context})})
+    stream, held_out = split_text(tokenizer, text, valid)
+    check_text(stream, context, text)
+    check_text(held_out, context, valid or f"{text} (held-out part)")
+    key = fingerprint(
+        "quantize", full_hash, bits.to_json()["specs"], settings.model_dump(), stream.sha256, held_out.sha256
+    )
+    work = output.with_name(output.name + ".work")
+    teacher = load_model(model)[0] if settings.train.teacher_weight else None
+    weights, _ = train_quantized(
+        student, stream, held_out, bits, settings, work / key[:16], teacher=teacher, show_progress=show_progress
+    )
+    card["training text sha256"] = stream.sha256
     saved = pack(student, tokenizer, bits, weights, output, card=card, overwrite=overwrite)
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work / key[:16], ignore_errors=True)
+    if not any(work.iterdir()):
+        work.rmdir()
     return saved

@@ -54,20 +54,27 @@ def finished_row(folder: Path, key: str) -> TrainedRow | None:
 def run_row(folder: Path, key: str, work: Callable[[Path, Path], dict[str, Any]]) -> TrainedRow:
     """Run ``work(train folder, model folder)`` unless the row is complete, and record what it returns and its seconds.
 
-    An interrupted row leaves its checkpoints in ``train`` and ``work`` resumes from them; leftovers of other settings are dropped.
+    An interrupted row leaves its checkpoints in ``train`` and ``work`` resumes from them; what an interrupted row of other
+    settings left is never touched: DataError. The seconds of a resumed row are unknown (null), because only its last part was timed.
     """
     done = finished_row(folder, key)
     if done is not None:
         return done
     folder.mkdir(parents=True, exist_ok=True)
     started_file = folder / "started.json"
-    if not started_file.is_file() or read_json(started_file).get("fingerprint") != key:
+    resumed = started_file.is_file()
+    if resumed and read_json(started_file).get("fingerprint") != key:
+        raise DataError(
+            f"{folder}: holds an unfinished model with other settings or data; choose another output folder or remove this one"
+        )
+    if not resumed:
         shutil.rmtree(folder / "train", ignore_errors=True)
         write_json(started_file, {"fingerprint": key})
     start = time.monotonic()
     record = work(folder / "train", folder / "model")
-    record = {"fingerprint": key, **record, "train_seconds": round(time.monotonic() - start, 1)}
+    seconds = None if resumed else round(time.monotonic() - start, 1)
+    record = {"fingerprint": key, **record, "train_seconds": seconds}
     write_json(folder / ROW_FILE, record)
     shutil.rmtree(folder / "train", ignore_errors=True)
-    started_file.unlink()
+    started_file.unlink(missing_ok=True)
     return TrainedRow(folder, record)

@@ -1,0 +1,65 @@
+"""Checks that stop a job before it has cost anything: broken models, text that does not fit the model, folders in use.
+
+Each raises one clear error; what is merely suspicious is logged as a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixbits.errors import DataError
+from mixbits.lm.corpus import TokenStream
+
+_logger = logging.getLogger(__name__)
+_TOO_MANY_UNKNOWN, _MANY_UNKNOWN = 0.5, 0.2
+
+
+def check_full_precision(model: Any, where: str | Path) -> None:
+    """Raise DataError unless ``model`` is an ordinary one with finite weights."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise DataError(f"{where}: is quantized already; expected a full-precision model directory")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"{where}: {name} has NaN or infinite values; repair or retrain the model first")
+
+
+def check_text(stream: TokenStream, context: int, where: str | Path) -> None:
+    """Raise DataError when a text is shorter than one block, or when more than half of its words are unknown.
+
+    More than a fifth of unknown words is logged as a warning.
+    """
+    if stream.num_tokens < context:
+        raise DataError(
+            f"{where}: {stream.num_tokens} tokens are less than one block of {context}; give more text (every 20th sentence is "
+            "held out for validation unless a validation text is given)"
+        )
+    share = stream.num_unknown / max(1, stream.num_words)
+    if share > _TOO_MANY_UNKNOWN:
+        raise DataError(
+            f"{where}: {100 * share:.0f} % of its words are unknown to the model's tokenizer; the text does not fit the model "
+            "(another language, upper or lower case, tokenized otherwise?)"
+        )
+    if share > _MANY_UNKNOWN:
+        _logger.warning("%s: %.0f %% of its words are unknown to the model's tokenizer", where, 100 * share)
+
+
+def check_output(output: Path, model: Path, *, overwrite: bool) -> None:
+    """Raise DataError when ``output`` is in use, or is the model itself."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise DataError(f"{output}: is a file; expected a directory to write the model to")
+    if output.resolve() == model.resolve():
+        raise DataError(f"{output}: is the model itself; choose another output folder")
+    if not any(output.iterdir()):
+        return
+    if not (output / "config.json").is_file():
+        raise DataError(
+            f"{output}: exists and is not a model directory, so it is never overwritten; choose another output folder"
+        )
+    if not overwrite:
+        raise DataError(f"{output}: exists already; choose another output folder or give --overwrite")
