@@ -181,7 +181,7 @@ def test_blocks_overlap_by_one_token_and_drop_the_tail(tokenizer):
 
 
 def test_token_batches_are_deterministic_and_without_replacement(tokenizer):
-    stream = encode(tokenizer, [f"the cat {w}" for w in "a the dog mat sat on".split()] * 20)
+    stream = encode(tokenizer, [f"the cat {w}" for w in ["a", "the", "dog", "mat", "sat", "on"]] * 20)
     ask = {"context": 4, "num_blocks": 7, "micro_batch": 3}
     first = token_batches(stream, **ask, seed=1)
     assert [tuple(b.shape) for b in first] == [(3, 5), (3, 5), (1, 5)]

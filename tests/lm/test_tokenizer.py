@@ -71,7 +71,7 @@ def test_a_literal_unknown_is_the_unknown_token():
 
 @pytest.mark.parametrize("ask", [{"max_words": 0}, {"max_words": -3}, {"min_count": 99}])
 def test_nothing_left_is_an_error(ask):
-    with pytest.raises(DataError, match="expected at least 1 word|no word occurs"):
+    with pytest.raises(DataError, match=r"at least 1 word|no word occurs"):
         word_tokenizer(SENTENCES, **ask)
     with pytest.raises(DataError, match="no word occurs"):
         word_tokenizer(["<unk> </s> <pad>"])

@@ -197,7 +197,7 @@ def _teacher_chunks(teacher: Any, inputs: torch.Tensor) -> Callable[[slice], tor
 
 
 def mean_loss(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    """Plain differentiable mean cross-entropy (B, T + 1), twice differentiable: for curvature."""
+    """Plain differentiable mean cross-entropy (B, T + 1), for curvature: twice differentiable under PyTorch's math attention."""
     logits = model(input_ids=input_ids[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].reshape(-1))
 

@@ -2,6 +2,9 @@
 
 ``paper``: OPT with post-LayerNorm, learned positions, GELU, tied embeddings (the architecture of Xu et al., ICASSP 2021).
 ``llama``: RMSNorm, rotary positions, SwiGLU, tied embeddings. No Transformer code of our own.
+
+The configuration's pad id is the tokenizer's own ``<pad>`` or none: OPT's default of 1, or a pad that is also the boundary (usual for
+byte-level tokenizers), would take an ordinary token's embedding out of training.
 """
 
 from __future__ import annotations
@@ -33,6 +36,10 @@ class ModelSize(BaseModel):
     def _heads_divide(self) -> ModelSize:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.preset == "llama" and self.hidden_size // self.num_heads % 2:
+            raise ValueError(
+                f"hidden_size / num_heads is {self.hidden_size // self.num_heads}; rotary positions need an even number"
+            )
         if self.preset == "llama" and self.dropout:
             raise ValueError("the llama preset has no dropout; leave dropout out or use preset=paper")
         return self
@@ -41,13 +48,14 @@ class ModelSize(BaseModel):
 def build_model(size: ModelSize, tokenizer: Any, *, seed: int) -> Any:
     """A freshly initialised causal LM for ``tokenizer``'s vocabulary, in float32, deterministic for ``seed``.
 
-    Raises SpecError when the tokenizer has no pad or eos token.
+    Raises SpecError when the tokenizer has no eos token.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
-        raise SpecError("the tokenizer needs a pad and an eos token; set tokenizer.pad_token and tokenizer.eos_token")
+    if tokenizer.eos_token_id is None:
+        raise SpecError("the tokenizer needs an eos token as sentence boundary; set tokenizer.eos_token")
+    others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
     boundary = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     shared: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -55,13 +63,12 @@ def build_model(size: ModelSize, tokenizer: Any, *, seed: int) -> Any:
         "num_hidden_layers": size.num_layers,
         "num_attention_heads": size.num_heads,
         "max_position_embeddings": size.context,
-        "pad_token_id": tokenizer.pad_token_id,
+        "pad_token_id": None if tokenizer.pad_token_id in others else tokenizer.pad_token_id,
         "tie_word_embeddings": True,
         **boundary,
     }
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         if size.preset == "paper":
             return OPTForCausalLM(
                 OPTConfig(
@@ -84,5 +91,3 @@ def build_model(size: ModelSize, tokenizer: Any, *, seed: int) -> Any:
                 **shared,
             )
         )
-    finally:
-        torch.set_rng_state(state)
