@@ -105,13 +105,13 @@ def test_distillation(kind, other, weight, ids, short_chunks):
 
 def test_a_teacher_of_no_weight_is_not_asked(ids):
     model = make("opt")
-    assert float(training_loss(model, ids, teacher=object(), teacher_weight=0.0)) == float(training_loss(model, ids))
+    assert torch.equal(training_loss(model, ids, teacher=object()), training_loss(model, ids))
 
 
 def test_own_teacher_gives_no_gradient_and_no_divergence(ids):
     model = make("opt").double()
     found = training_loss(model, ids, teacher=copy.deepcopy(model).eval(), teacher_weight=1.0)
-    assert float(found) == pytest.approx(0.0, abs=1e-12)
+    assert found.item() == pytest.approx(0.0, abs=1e-12)
     found.backward()
     assert max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) < 1e-12
 
@@ -146,7 +146,7 @@ def test_bfloat16_autocast_is_close(teacher_kind, ids, short_chunks):
         ordinary = reference_loss(model, ids, teacher, weight)
     assert got.dtype == torch.float32
     exact = reference_loss(model, ids, teacher, weight)
-    assert float(got) == pytest.approx(float(exact), rel=TOLERANCE[torch.bfloat16][0])
+    assert got.item() == pytest.approx(exact.item(), rel=TOLERANCE[torch.bfloat16][0])
     parameters = [p for n, p in model.named_parameters() if "k_proj.bias" not in n]
     a, b, c = (torch.cat([g.flatten() for g in torch.autograd.grad(x, parameters)]) for x in (got, exact, ordinary))
     assert float((a - b).norm() / b.norm()) <= 2 * float((c - b).norm() / b.norm()) + 1e-3
@@ -165,9 +165,8 @@ def test_mean_loss_is_twice_differentiable_and_the_chunked_one_says_it_is_not(id
     with sdpa_kernel(SDPBackend.MATH):
         (gradient,) = torch.autograd.grad(mean_loss(model, ids), weight, create_graph=True)
         assert torch.autograd.grad(gradient.square().sum(), weight)[0].abs().sum() > 0
-        (gradient,) = torch.autograd.grad(training_loss(model, ids), weight, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            torch.autograd.grad(gradient.square().sum(), weight)
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.autograd.grad(training_loss(model, ids), weight, create_graph=True)
 
 
 def test_an_impossible_token_has_a_finite_loss_and_a_broken_model_does_not(ids):

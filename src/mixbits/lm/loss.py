@@ -21,7 +21,6 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 _CHUNK_ROWS = 512
 _SCORE_CHUNK_ELEMENTS = 8_000_000
@@ -144,8 +143,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (total * scale).to(exact)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("training_loss can be differentiated once; use mean_loss with create_graph=True")
         (outer,) = grad_output
         return *(None if g is None else g * outer.to(g.dtype) for g in ctx.saved_tensors), None, None, None
 
