@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mixbits.errors import DataError, FormatError
+from mixbits.errors import DataError, FormatError, MixbitsError
 from mixbits.lm.tokenizer import load_tokenizer
 
 
@@ -18,26 +18,27 @@ def quiet_transformers() -> Iterator[None]:
     """Within it transformers shows neither progress bars nor warnings of its own."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_model(path: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) from a directory; float32 unless ``dtype`` says otherwise.
 
-    Raises DataError when it is no model directory, FormatError when it cannot be read or its vocabulary is smaller than
-    the tokenizer's.
+    Raises DataError when it is no model directory, FormatError when it cannot be read, a weight is missing (transformers
+    would go on with random values) or its vocabulary is smaller than the tokenizer's.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    loader: Any = AutoModelForCausalLM
     path = Path(path)
     if not (path / "config.json").is_file():
         raise DataError(
@@ -46,11 +47,25 @@ def load_model(path: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(path)
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{path}: model cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+            model, info = loader.from_pretrained(
+                path,
+                dtype=dtype or torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except MixbitsError:
+        raise
+    except Exception as error:  # a broken file can raise anything, from the json module to safetensors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FormatError(f"{path}: model cannot be loaded ({reason})") from None
+    if info["missing_keys"]:
+        missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        raise FormatError(
+            f"{path}: {len(missing)} weights are missing, e.g. {missing[0]!r}"
+            + (f", and {extra[0]!r} is not part of the model" if extra else "")
+            + "; the weight file does not belong to config.json"
+        )
     size = model.config.get_text_config().vocab_size
     if len(tokenizer) > size:
         raise FormatError(
@@ -65,9 +80,13 @@ def save_model(model: Any, tokenizer: Any, path: str | Path) -> None:
     temporary = path.with_name(path.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    with quiet_transformers():
-        model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    try:
+        with quiet_transformers():
+            model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
 
@@ -79,8 +98,9 @@ def model_hash(path: str | Path) -> str:
     if not files:
         raise DataError(f"{path}: no weight files (*.safetensors) to hash")
     for file in files:
+        part = hashlib.sha256()
         with open(file, "rb") as handle:
-            digest.update(
-                hashlib.file_digest(handle, "sha256").digest() if hasattr(hashlib, "file_digest") else handle.read()
-            )
+            while block := handle.read(1 << 20):
+                part.update(block)
+        digest.update(part.digest())
     return digest.hexdigest()

@@ -17,7 +17,12 @@ import torch
 
 from mixbits.errors import DataError, SpecError
 from mixbits.lm.corpus import TokenStream
-from mixbits.lm.loss import token_nll
+from mixbits.lm.loss import evaluation_mode, token_nll
+
+
+def _exp(nats: float) -> float:
+    """exp that is infinite where a float ends (a broken model can have thousands of nats)."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Perplexity:
     @property
     def ppl(self) -> float:
         """Perplexity per token."""
-        return math.exp(self.nats_per_token)
+        return _exp(self.nats_per_token)
 
     @property
     def ppl_stderr(self) -> float:
@@ -46,7 +51,7 @@ class Perplexity:
     @property
     def word_ppl(self) -> float:
         """Perplexity per white-space word, the end of a sentence counted as one."""
-        return math.exp(self.nats_per_token * self.num_tokens / self.num_words)
+        return _exp(self.nats_per_token * self.num_tokens / self.num_words)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the per-token values."""
@@ -77,6 +82,12 @@ def _mean_and_stderr(values: np.ndarray, sentence: np.ndarray) -> tuple[float, f
     return float(mean), float(math.sqrt(variance) / lengths.sum())
 
 
+def default_context(model: Any) -> int:
+    """Window length of an evaluation unless one is asked for: the model's context, 1024 at most."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(limit or 1024, 1024)
+
+
 @torch.no_grad()
 def perplexity(
     model: Any, stream: TokenStream, *, context: int | None = None, stride: int | None = None, batch_size: int = 32
@@ -88,8 +99,8 @@ def perplexity(
     token ids outside the vocabulary or the model gives NaN.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    context = context or min(limit or 1024, 1024)
-    stride = stride or max(1, context // 2)
+    context = default_context(model) if context is None else context
+    stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context or (limit is not None and context > limit):
         raise SpecError(f"window of {context} with stride {stride} does not fit; the model's context is {limit}")
     size = model.config.get_text_config().vocab_size
@@ -97,31 +108,34 @@ def perplexity(
         raise DataError(
             f"text has token id {int(stream.ids.max())}, the model's vocabulary {size}; use the model's own tokenizer"
         )
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    ids = torch.from_numpy(stream.ids.astype(np.int64)).to(device)
-    nll = np.empty(stream.num_tokens, np.float32)
-    head = min(context, stream.num_tokens)
-    nll[:head] = token_nll(model, ids[None, : head + 1])[0].float().cpu().numpy()
-    starts = list(range(head - (context - stride), stream.num_tokens - context + 1, stride)) if head == context else []
-    for first in range(0, len(starts), batch_size):
-        group = starts[first : first + batch_size]
-        rows = torch.stack([ids[s : s + context + 1] for s in group])
-        scored = token_nll(model, rows, first=context - stride).float().cpu().numpy()
-        for start, values in zip(group, scored, strict=True):
-            nll[start + context - stride : start + context] = values
-    done = starts[-1] + context if starts else head
-    if done < stream.num_tokens:
-        window = ids[max(0, stream.num_tokens - context) :]
-        rest = stream.num_tokens - done
-        nll[done:] = token_nll(model, window[None], first=len(window) - 1 - rest)[0].float().cpu().numpy()
-    model.train(was_training)
+    with evaluation_mode(model):
+        nll = _window_nll(model, stream, context, stride, batch_size)
     if not np.isfinite(nll).all():
         raise DataError(
             f"the model gives {int((~np.isfinite(nll)).sum())} non-finite log-probabilities; its weights are broken"
         )
     return from_nll(nll, stream, context=context, stride=stride)
+
+
+def _window_nll(model: Any, stream: TokenStream, context: int, stride: int, batch_size: int) -> np.ndarray:
+    """Negative log-probabilities (num_tokens,) in nats: first window, the regular ones in batches, what is left at the end."""
+    ids = torch.from_numpy(stream.ids.astype(np.int64)).to(next(model.parameters()).device)
+    nll = np.empty(stream.num_tokens, np.float32)
+    head = min(context, stream.num_tokens)
+    nll[:head] = token_nll(model, ids[None, : head + 1])[0].cpu().numpy()
+    starts = range(stride, stream.num_tokens - context + 1, stride)
+    for first in range(0, len(starts), batch_size):
+        group = starts[first : first + batch_size]
+        rows = torch.stack([ids[s : s + context + 1] for s in group])
+        scored = token_nll(model, rows, first=context - stride).cpu().numpy()
+        for start, values in zip(group, scored, strict=True):
+            nll[start + context - stride : start + context] = values
+    done = starts[-1] + context if starts else head
+    if done < stream.num_tokens:
+        window = ids[stream.num_tokens - context :]
+        rest = stream.num_tokens - done
+        nll[done:] = token_nll(model, window[None], first=context - rest)[0].cpu().numpy()
+    return nll
 
 
 def from_nll(nll: np.ndarray, stream: TokenStream, *, context: int, stride: int) -> Perplexity:
