@@ -24,6 +24,12 @@ def sentences(number: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def sentences_of():
+    """``sentences_of(number, seed)``."""
+    return sentences
+
+
+@pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> Path:
     """Folder with train.txt, valid.txt and test.txt."""
     folder = tmp_path_factory.mktemp("texts")

@@ -61,7 +61,7 @@ def test_the_whole_line_and_again(tmp_path, trained, texts, monkeypatch):
 
     # another budget: refused without overwrite, and nothing changes; then solved from the same sensitivities
     before = (out / "model.safetensors").read_bytes()
-    with pytest.raises(DataError, match="exists already.*--overwrite"):
+    with pytest.raises(DataError, match=r"exists already.*--overwrite"):
         run(trained, texts, out, max_bytes=5200)
     assert (out / "model.safetensors").read_bytes() == before
     monkeypatch.setattr(module, "measure_stream", lambda *a, **k: pytest.fail("must not measure"))

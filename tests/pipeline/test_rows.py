@@ -64,7 +64,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path, is_finished):
 
 def test_a_broken_record_is_named(tmp_path):
     (tmp_path / "row.json").write_text('{"fingerprint": "ke')
-    with pytest.raises(FormatError, match="row.json"):
+    with pytest.raises(FormatError, match=r"row\.json"):
         run_row(tmp_path, "key", lambda train, model: {})
 
 

@@ -1,0 +1,43 @@
+"""``mixbits quantize``: rounding, training, and mistakes that are one line each."""
+
+import json
+
+import mixbits
+from mixbits.cli.main import main
+
+
+def test_rounds_and_trains(tiny_world, tmp_path, capsys):
+    model, text, valid = (str(tiny_world / name) for name in ("full", "text.txt", "valid.txt"))
+    assert main(["quantize", model, "-o", str(tmp_path / "rounded"), "--spec", "1.58"]) == 0
+    size = (tmp_path / "rounded" / "model.safetensors").stat().st_size
+    assert f"{size:,} bytes" in capsys.readouterr().out
+    units = json.loads((tmp_path / "rounded" / "config.json").read_text())["quantization_config"]["units"]
+    specs = {unit: "16" if "fc1" in unit else "2" for unit in units}
+    allocation = tmp_path / "allocation.json"
+    allocation.write_text(json.dumps({"format": "mixbits-allocation", "format_version": 1, "specs": specs}))
+    arguments = ["quantize", model, "-o", str(tmp_path / "trained"), "--allocation", str(allocation), "--text", text]
+    arguments += ["--valid", valid, "--epochs", "0.2", "--refine-epochs", "0.2", "--method", "admm"]
+    assert main(arguments) == 0
+    assert "bits a weight" in capsys.readouterr().out
+    assert mixbits.load(tmp_path / "trained").num_parameters() > 0
+
+
+def test_mistakes(tiny_world, tmp_path, capsys):
+    model, out = str(tiny_world / "full"), str(tmp_path / "out")
+
+    def fails(*arguments, saying):
+        assert main(["quantize", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("mixbits: error: ")
+        assert error.count("\n") == 1
+        assert saying in error
+
+    fails(model, "-o", out, saying="exactly one of")
+    fails(model, "-o", out, "--spec", "7", saying="bit width 7 does not exist")
+    fails(model, "-o", out, "--spec", "two", saying="cannot read 'two' as a spec")
+    fails(model, "-o", out, "--allocation", str(tmp_path / "none.json"), saying="no such file")
+    fails(model, "-o", out, "--spec", "2", "--method", "magic", saying="method: Input should be")
+    fails(model, "-o", out, "--spec", "2", "--epochs", "-1", saying="epochs")
+    fails(model, "-o", model, "--spec", "2", saying="is the model itself")
+    fails(str(tmp_path), "-o", out, "--spec", "2", saying="no config.json")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,311 @@
+"""A whole recipe on a tiny language: run, run again, killed and resumed, changed settings, equal bytes."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixbits.asr.formats.jsonl import write_nbest
+from mixbits.asr.nbest import Hypothesis, NBest
+from mixbits.errors import DataError, SpecError
+from mixbits.lm.corpus import TokenStream
+from mixbits.lm.perplexity import from_nll
+from mixbits.pipeline import experiment
+from mixbits.pipeline.experiment import baseline_name, run_experiment
+from mixbits.pipeline.rows import TrainedRow
+from mixbits.pipeline.settings import ExperimentSettings, load_experiment
+from mixbits.pipeline.summarize import equal_bytes
+from mixbits.runs import read_json, read_summary
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+TRAIN = {"batch_size": 8, "context": 16, "precision": "float32"}
+
+
+def recipe(texts, **changes):
+    data = {
+        "title": "tiny",
+        "text": {n: str(texts / f"{n}.txt") for n in ("train", "valid", "test")},
+        "model": {
+            "num_layers": 1, "hidden_size": 16, "feed_forward_size": 32, "num_heads": 2, "context": 16, "dropout": 0.0,
+        },
+        "full": {**TRAIN, "epochs": 4, "learning_rate": 1e-2},
+        "quantize": {
+            "train": {**TRAIN, "epochs": 1, "learning_rate": 3e-3, "teacher_weight": 0.5},
+            "refine_epochs": 0.4, "refine_learning_rate": 1e-3, "admm_updates": 10,
+        },
+        "measure": {"num_probes": 2, "num_blocks": 4},
+        "rows": [
+            {"name": "uniform-1", "spec": "1"},
+            {"name": "uniform-4", "spec": "4"},
+            {"name": "learned", "ratio": 2.5},
+            {"name": "learned-admm", "ratio": 2.5, "method": "admm"},
+            {"name": "learned-large", "ratio": 1.2},
+        ],
+    }  # fmt: skip
+    return ExperimentSettings.model_validate(data | changes)
+
+
+def lists(name, texts, seed):
+    """n-best lists: the right sentence and two with a word exchanged, in any order."""
+    rng, result = np.random.default_rng(seed), []
+    for i, text in enumerate(texts):
+        words = text.split()
+        wrong = [" ".join([*words[:k], words[k - 1], *words[k + 1 :]]) for k in (1, len(words) - 1)]
+        found = [Hypothesis(t, float(rng.normal())) for t in (text, *wrong)]
+        found.sort(key=lambda h: -h.acoustic_score)
+        result.append(NBest(f"{name}-{i}", tuple(found), text, f"{name}-s{i % 8}"))
+    return result
+
+
+@pytest.fixture(scope="module")
+def speech(texts, sentences_of):
+    write_nbest(texts / "dev.jsonl", lists("dev", sentences_of(25, 11), 11))
+    write_nbest(texts / "heard.jsonl", lists("heard", sentences_of(25, 12), 12))
+    return {"dev": str(texts / "dev.jsonl"), "test": {"test": str(texts / "heard.jsonl")}}
+
+
+def numbers(path):
+    """A summary without what depends on the clock, the machine or an interruption."""
+    data = read_json(path)
+    data.pop("versions")
+    for row in data["rows"]:
+        row.pop("train_seconds", None)
+    return data
+
+
+@pytest.fixture(scope="module")
+def finished(texts, speech, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    settings = recipe(texts, speech=speech)
+    return settings, run_experiment(settings, folder, command="test", show_progress=False)
+
+
+def test_the_summary(finished, texts):
+    settings, path = finished
+    summary = read_summary(path)  # checks itself
+    names = [row.name for row in summary.rows]
+    assert names[0] == "first-pass"
+    models = ["full", "full-continued", *(row.name for row in settings.rows)]
+    assert [n for n in names if not n.startswith("first-pass")] == models
+    full = summary.row("full")
+    assert (full.bits_per_weight, full.ratio) == (32, 1)
+    assert full.ppl < 20  # of 26 words
+    assert full.ppl == pytest.approx(math.exp(full.nats))
+    for row in settings.rows:
+        found = summary.row(row.name)
+        file = path.parent / row.name / "model" / "model.safetensors"
+        assert found.bytes == file.stat().st_size
+        assert found.ratio == pytest.approx(full.bytes / found.bytes)
+        assert found.bits_per_weight == pytest.approx(32 / found.ratio)
+        assert found.method == (row.method or "straight-through")
+        assert found.epochs in (1, 1.4)
+        assert found.train_seconds > 0
+        assert found.wer is not None
+        if row.ratio:
+            assert found.ratio >= row.ratio
+    base = summary.row(summary.baseline)
+    assert (base.delta_nats, base.delta_nats_stderr) == (0, 0)
+    assert base.valid_ppl == min(full.valid_ppl, summary.row("full-continued").valid_ppl)
+    for row in summary.rows:
+        if row.nats is not None:
+            assert row.delta_nats == pytest.approx(row.nats - base.nats, abs=1e-6)
+    assert set(summary.allocations["uniform-1"].values()) == {"1-papers-row"}
+    assert set(summary.unit_weights) == set(summary.allocations["learned"]) == set(summary.sensitivity["units"])
+    entries = {e["name"]: e for e in summary.equal_bytes}
+    assert entries["learned"]["neighbours"] == ["uniform-1", "uniform-4"]
+    assert "trained with admm, the uniform ones with straight-through" in entries["learned-admm"]["verdict"]
+    assert "no uniform rows on both sides" in entries["learned-large"]["verdict"]
+    assert summary.asr["lists"]["test"]["utterances"] == 25
+    assert any("admm_primal" in e for e in read_json(path)["training_logs"]["learned-admm"])
+
+
+def test_again_is_instant_and_the_same(finished, monkeypatch):
+    settings, path = finished
+    before = {p: p.stat().st_mtime_ns for p in path.parent.rglob("*") if p.is_file()}
+    expected = numbers(path)
+    for name in ("train_quantized", "measure_stream", "perplexity", "pack"):
+        monkeypatch.setattr(experiment, name, lambda *a, **k: pytest.fail("must not be called"))
+    monkeypatch.setattr("mixbits.pipeline.train.train_model", lambda *a, **k: pytest.fail("must not train"))
+    run_experiment(settings, path.parent, command="test", show_progress=False)
+    assert numbers(path) == expected
+    changed = {p.name for p, t in before.items() if p.stat().st_mtime_ns != t}
+    assert changed <= {"summary.json", "settings.json"}
+
+
+def test_from_nothing_gives_the_same(finished, texts, tmp_path):
+    """Determinism for a seed; without speech lists, the rows after ``learned`` left out."""
+    _, path = finished
+    settings = recipe(texts, rows=[{"name": "uniform-1", "spec": "1"}, {"name": "learned", "ratio": 2.5}])
+    again = read_summary(run_experiment(settings, tmp_path / "again", show_progress=False))
+    expected = read_summary(path)
+    for name in ("full", "full-continued", "uniform-1", "learned"):
+        mine, theirs = again.row(name), expected.row(name)
+        for field in ("bytes", "nats", "ppl_stderr", "valid_ppl", "delta_nats"):
+            assert getattr(mine, field) == getattr(theirs, field), (name, field)
+    other = recipe(texts, rows=[], seed=1)
+    different = read_summary(run_experiment(other, tmp_path / "other", show_progress=False))
+    assert different.row("full").nats != expected.row("full").nats
+
+
+class Killed(Exception):
+    """Stands for SIGKILL."""
+
+
+def test_killed_three_times_and_resumed(finished, texts, tmp_path, monkeypatch):
+    from mixbits.lm.train import LMTrainer
+
+    _, path = finished
+    settings = recipe(texts, rows=[{"name": "learned", "ratio": 2.5}])
+    real = LMTrainer.training_step
+    for place, step in (("full", 40), ("full-continued", 5), ("codes", 12), ("refine", 3)):
+
+        def dies(self, *args, place=place, step=step, **kwargs):
+            if place in Path(self.args.output_dir).parts and self.state.global_step == step:
+                raise Killed
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(LMTrainer, "training_step", dies)
+        with pytest.raises(Killed):
+            run_experiment(settings, tmp_path / "killed", show_progress=False)
+        assert not (tmp_path / "killed" / "summary.json").exists()
+    monkeypatch.undo()
+    got = read_summary(run_experiment(settings, tmp_path / "killed", show_progress=False))
+    expected = read_summary(path)
+    for name in ("full", "full-continued", "learned"):
+        mine, theirs = got.row(name), expected.row(name)
+        for field in ("bytes", "nats", "ppl_stderr", "valid_ppl", "delta_nats", "epochs"):
+            assert getattr(mine, field) == getattr(theirs, field), (name, field)
+        assert mine.train_seconds is None  # not known for a row that was interrupted
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"full": {**TRAIN, "epochs": 5, "learning_rate": 1e-2}}, r"other settings \(full\)"),
+        ({"vocabulary": {"max_words": 10}}, r"other settings \(vocabulary\)"),
+        ({"seed": 3}, r"other settings \(seed\)"),
+        ({"measure": {"num_probes": 3, "num_blocks": 4}}, r"other settings \(measure\)"),
+        ({"rows": [{"name": "learned", "ratio": 2.0}]}, r"other settings \(row learned\)"),
+    ],
+)
+def test_other_settings_in_the_same_folder(finished, texts, change, message):
+    _, path = finished
+    before = {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
+    with pytest.raises(DataError, match=message):
+        run_experiment(recipe(texts, **change), path.parent, show_progress=False)
+    assert before == {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
+
+
+def test_other_text_in_the_same_folder(finished, texts, tmp_path):
+    settings, path = finished
+    words = (texts / "train.txt").read_text()
+    (tmp_path / "more.txt").write_text(words + "the big dog sees a cat\n")
+    text = settings.text.model_copy(update={"train": (str(tmp_path / "more.txt"),)})
+    before = (path.parent / "full" / "row.json").read_bytes()
+    with pytest.raises(DataError, match="full: holds a model made with other settings or data"):
+        run_experiment(settings.model_copy(update={"text": text}), path.parent, show_progress=False)
+    assert (path.parent / "full" / "row.json").read_bytes() == before
+
+
+def test_refused_before_anything_is_trained(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "train_full", lambda *a, **k: pytest.fail("must not train"))
+
+    def attempt(error, message, **changes):
+        with pytest.raises(error, match=message):
+            run_experiment(recipe(texts, **changes), tmp_path / "run", show_progress=False)
+        assert not (tmp_path / "run").exists()
+
+    attempt(SpecError, "cannot be met: the smallest file possible", rows=[{"name": "learned", "ratio": 100}])
+    attempt(SpecError, "bit width 5", rows=[{"name": "uniform-5", "spec": "5"}])
+    attempt(
+        DataError, r"dev\.nowhere\.jsonl: no such", speech={"dev": "dev.nowhere.jsonl", "test": {"test": "x.jsonl"}}
+    )
+    (tmp_path / "foreign.txt").write_text("der kleine hund sieht einen alten vogel\n" * 40)
+    files = {n: str(texts / f"{n}.txt") for n in ("train", "valid")}
+    attempt(DataError, "text.test: .* unknown", text={**files, "test": str(tmp_path / "foreign.txt")})
+
+
+def test_the_baseline_is_chosen_on_validation(tmp_path):
+    def rows(full, continued):
+        values = {"full": full, "full-continued": continued}
+        return {n: TrainedRow(tmp_path, {"valid_nats": v}) for n, v in values.items()} | {
+            "learned": TrainedRow(tmp_path, {"valid_nats": 0.0})
+        }
+
+    assert baseline_name(rows(4.0, 3.9)) == "full-continued"
+    assert baseline_name(rows(3.9, 4.0)) == "full"
+    assert baseline_name(rows(4.0, 4.0)) == "full"
+
+
+def stream_of(num_sentences, length):
+    sentence = np.repeat(np.arange(num_sentences, dtype=np.int32), length)
+    ids = np.zeros(len(sentence) + 1, np.int32)
+    return TokenStream(ids, sentence, len(sentence), 0, "00")
+
+
+class TestEqualBytes:
+    stream = stream_of(50, 4)
+    sizes = {"u1": 100, "u2": 200, "u4": 400, "learned": 250}  # noqa: RUF012
+
+    def results(self, learned):
+        rng = np.random.default_rng(0)
+        base = rng.uniform(1, 3, 200).astype(np.float32)
+        nll = {"u1": base + 1.0, "u2": base + 0.6, "u4": base + 0.2, "learned": learned(base, rng)}
+        return {n: from_nll(v.astype(np.float32), self.stream, context=8, stride=4) for n, v in nll.items()}
+
+    def entry(self, values, **sizes):
+        return equal_bytes("learned", self.sizes | sizes, self.results(values), ["u1", "u2", "u4"], self.stream)
+
+    def test_against_hand_computation(self):
+        # A quarter of the way from 200 to 400 bytes: 0.75 * 0.6 + 0.25 * 0.2 = 0.5 above the base.
+        found = self.entry(lambda base, rng: base + 0.3 + rng.normal(0, 0.01, 200))
+        results = self.results(lambda base, rng: base + 0.3 + rng.normal(0, 0.01, 200))
+        expected = 0.75 * results["u2"].nats_per_token + 0.25 * results["u4"].nats_per_token
+        assert found["interpolated_nats"] == pytest.approx(expected, abs=1e-6)
+        assert found["delta_nats"] == pytest.approx(-0.2, abs=0.005)
+        assert found["neighbours"] == ["u2", "u4"]
+        difference = results["learned"].nll - (0.75 * results["u2"].nll + 0.25 * results["u4"].nll)
+        means = difference.reshape(50, 4).mean(1)  # sentences of equal length: the plain standard error of their means
+        assert found["delta_nats_stderr"] == pytest.approx(means.std(ddof=1) / math.sqrt(50), rel=1e-3)
+        assert found["verdict"].startswith("learned bits are better")
+        assert f"{100 * math.expm1(found['delta_nats']):.2f} % perplexity" in found["verdict"]
+
+    def test_worse(self):
+        found = self.entry(lambda base, rng: base + 0.7 + rng.normal(0, 0.01, 200))
+        assert found["verdict"].startswith("learned bits are not better")
+
+    def test_undecided(self):
+        found = self.entry(lambda base, rng: base + 0.5 + rng.normal(0, 1.0, 200))
+        assert abs(found["delta_nats"]) < 2 * found["delta_nats_stderr"]
+        assert "cannot be told apart" in found["verdict"]
+
+    @pytest.mark.parametrize("size", [99, 401])
+    def test_out_of_range(self, size):
+        found = self.entry(lambda base, rng: base, learned=size)
+        assert found == {
+            "name": "learned", "neighbours": [], "verdict": f"no uniform rows on both sides of {size} bytes",
+        }  # fmt: skip
+
+    def test_exactly_a_uniform_size(self):
+        found = self.entry(lambda base, rng: base + 0.6, learned=200)
+        assert found["neighbours"] == ["u2", "u2"]
+        assert found["delta_nats"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path, monkeypatch):
+    for name in ("MIXBITS_DATA", "MIXBITS_DEMO"):
+        monkeypatch.setenv(name, "/nowhere")
+    settings = load_experiment(path)
+    assert settings.rows
+    assert json.dumps(settings.model_dump())
+    for name in ("MIXBITS_DATA", "MIXBITS_DEMO"):
+        monkeypatch.delenv(name)
+    with pytest.raises(DataError, match="environment variable MIXBITS_D"):
+        load_experiment(path)
+
+
+def test_there_are_recipes():
+    assert {"ptb-small"} <= {path.stem for path in RECIPES}
