@@ -12,7 +12,7 @@ from mixbits.lm.corpus import TokenStream
 from mixbits.lm.perplexity import Perplexity, from_nll, paired_difference
 from mixbits.pipeline.prepare import PreparedText
 from mixbits.pipeline.rows import TrainedRow
-from mixbits.pipeline.settings import ExperimentSettings
+from mixbits.pipeline.settings import ExperimentSettings, portable
 from mixbits.quant.sensitivity import Sensitivities
 from mixbits.runs import versions
 from mixbits.spec import BitAllocation, ModelInventory, bits_per_weight, compression_ratio
@@ -165,7 +165,7 @@ def summarize(
             "models loaded back from disk; standard errors over sentences.",
             *(speech or {}).get("notes", []),
         ],
-        "settings": settings.model_dump(),
+        "settings": portable(settings.model_dump()),
         "training_logs": {n: e.trained.record.get("log", []) for n, e in evaluated.items()},
     }
 

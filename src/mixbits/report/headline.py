@@ -103,7 +103,8 @@ def first_pass_wer(summary: Summary) -> float | None:
 def list_fact(summary: Summary, key: str) -> Any:
     """A fact such as ``oracle_wer`` of the list that WERs are reported on (``test``, else the only list)."""
     lists = summary.asr.get("lists") or {}
-    entry = lists.get("test") or (next(iter(lists.values())) if len(lists) == 1 else None) or {}
+    named = str(summary.asr.get("headline") or "test")
+    entry = lists.get(named) or (next(iter(lists.values())) if len(lists) == 1 else None) or {}
     return entry.get(key)
 
 
