@@ -17,9 +17,12 @@ def main(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ) -> None:
     """Perplexity per token and per word, with standard errors; unknown words count as one <unk> each."""
+    from mixbits.errors import DataError
     from mixbits.jsonfile import write_json
     from mixbits.pipeline.evaluate import evaluate_models
 
+    if json is not None and json.is_dir():
+        raise DataError(f"{json}: is a folder; expected the name of a JSON file to write")
     found = evaluate_models(model, text, reference=reference, context=context, stride=stride)
     typer.echo(
         f"perplexity {found['ppl']:.2f} +- {found['ppl_stderr']:.2f} per token, {found['word_ppl']:.2f} per word "

@@ -36,7 +36,7 @@ def main(
     from mixbits.lm.presets import ModelSize
     from mixbits.lm.train_settings import TrainSettings
     from mixbits.pipeline.settings import Vocabulary, validate
-    from mixbits.pipeline.train import train_from_text
+    from mixbits.pipeline.train import train_from_text, work_folder
 
     size = {
         "preset": preset, "num_layers": layers, "hidden_size": hidden, "feed_forward_size": feed_forward,
@@ -47,12 +47,22 @@ def main(
         "patience": patience, "precision": precision, "seed": seed,
     }  # fmt: skip
     words = {"max_words": vocabulary, "min_count": min_count, "path": None if tokenizer is None else str(tokenizer)}
-    record = train_from_text(
-        text, output, valid=valid, resume=resume,
-        size=validate(ModelSize, size, where="mixbits train"),
-        settings=validate(TrainSettings, settings, where="mixbits train"),
-        vocabulary=validate(Vocabulary, words, where="mixbits train"),
-    )  # fmt: skip
+    try:
+        record = train_from_text(
+            text, output, valid=valid, resume=resume,
+            size=validate(ModelSize, size, where="mixbits train"),
+            settings=validate(TrainSettings, settings, where="mixbits train"),
+            vocabulary=validate(Vocabulary, words, where="mixbits train"),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        if any(work_folder(output).glob("checkpoint-*/mixbits_complete")):
+            typer.echo(
+                f"interrupted; checkpoints are in {work_folder(output)}: run the same command with --resume to go on",
+                err=True,
+            )
+        else:
+            typer.echo("interrupted before the first checkpoint; nothing to resume from", err=True)
+        raise
     typer.echo(
         f"wrote {output}: {record['num_parameters']:,} parameters, validation perplexity {record['valid_ppl']:.2f}"
     )

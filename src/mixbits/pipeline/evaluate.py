@@ -9,7 +9,7 @@ from typing import Any
 from mixbits.errors import DataError
 from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import encode_file
-from mixbits.lm.perplexity import paired_difference, perplexity
+from mixbits.lm.perplexity import default_context, paired_difference, perplexity
 from mixbits.packing.modules import set_weight_cache
 from mixbits.runs import versions
 
@@ -31,18 +31,23 @@ def evaluate_models(
 ) -> dict[str, Any]:
     """Figures as plain data: those of :class:`mixbits.lm.perplexity.Perplexity`, and with ``reference`` the paired difference.
 
-    Raises DataError when the two models do not share a tokenizer.
+    Both models are read with the same windows: by default as long as the shorter context of the two allows. Raises DataError
+    when they do not share a tokenizer.
     """
     lm, tokenizer = load_scorer(model)
-    stream = encode_file(tokenizer, text)
-    result = perplexity(lm, stream, context=context, stride=stride)
-    found: dict[str, Any] = {**result.to_json(), "model_sha256": model_hash(model), "text_sha256": stream.sha256}
+    other = None
     if reference is not None:
         other, other_tokenizer = load_scorer(reference)
         if other_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise DataError(
                 f"{model} and {reference} have different vocabularies; a paired difference needs the same one"
             )
+    stream = encode_file(tokenizer, text)
+    if context is None:
+        context = min(default_context(m) for m in (lm, other) if m is not None)
+    result = perplexity(lm, stream, context=context, stride=stride)
+    found: dict[str, Any] = {**result.to_json(), "model_sha256": model_hash(model), "text_sha256": stream.sha256}
+    if other is not None:
         base = perplexity(other, stream, context=result.context, stride=result.stride)
         delta, stderr = paired_difference(result, base, stream)
         found |= {

@@ -11,7 +11,7 @@ from typing import Any
 from mixbits.asr.formats.jsonl import read_nbest
 from mixbits.asr.nbest import reference_texts
 from mixbits.errors import DataError
-from mixbits.lm.corpus import TokenStream, encode, encode_file, limit_words, read_sentences
+from mixbits.lm.corpus import TokenStream, encode, limit_words, read_sentences
 from mixbits.lm.tokenizer import load_tokenizer, word_tokenizer
 from mixbits.pipeline.settings import ExperimentSettings, TextFiles
 
@@ -66,17 +66,32 @@ def prepare_text(settings: ExperimentSettings) -> PreparedText:
     )
 
 
-def split_text(tokenizer: Any, text: str | Path, valid: str | Path | None = None) -> tuple[TokenStream, TokenStream]:
-    """Training and validation streams. Without ``valid`` every 20th sentence (2,000 at most) is held out of training."""
+def split_sentences(text: str | Path, valid: str | Path | None = None) -> tuple[list[str], list[str]]:
+    """Training and validation sentences. Without ``valid`` every 20th sentence (2,000 at most) is held out.
+
+    Held-out sentences are removed from training by text, wherever else they stand. Raises DataError when too few are left.
+    """
     if valid is not None:
-        return encode_file(tokenizer, text), encode_file(tokenizer, valid)
+        held_out = list(read_sentences(valid))
+        return list(read_sentences(text)), held_out
     sentences = list(read_sentences(text))
     step = max(_HELD_OUT_SHARE, -(-len(sentences) // _MAX_HELD_OUT_SENTENCES))
     if len(sentences) < 2 * step:
         raise DataError(f"{text}: {len(sentences)} sentences are too few to hold some out for validation; give --valid")
     held_out = sentences[step - 1 :: step]
     kept_out = set(held_out)
-    return encode(tokenizer, (s for s in sentences if s not in kept_out)), encode(tokenizer, held_out)
+    kept = [sentence for sentence in sentences if sentence not in kept_out]
+    if not kept:
+        raise DataError(
+            f"{text}: all sentences are repetitions of {len(kept_out)}; none is left to train on; give --valid"
+        )
+    return kept, held_out
+
+
+def split_text(tokenizer: Any, text: str | Path, valid: str | Path | None = None) -> tuple[TokenStream, TokenStream]:
+    """The token streams of :func:`split_sentences`."""
+    train, held_out = split_sentences(text, valid)
+    return encode(tokenizer, train), encode(tokenizer, held_out)
 
 
 def training_context(model: Any, default: int = 256) -> int:

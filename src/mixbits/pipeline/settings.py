@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,7 +107,7 @@ class ExperimentSettings(_Frozen):
     measure: MeasureSettings = MeasureSettings()
     rows: tuple[Row, ...]
     speech: SpeechLists | None = None
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _consistent(self) -> ExperimentSettings:
@@ -137,6 +138,20 @@ def _expand(value: Any, where: str) -> Any:
     return re.sub(r"\$\{(\w+)\}", replace, value)
 
 
+def portable(data: Any) -> Any:
+    """Settings as plain data whose paths name ``${MIXBITS_...}`` again instead of a folder of this machine."""
+    if isinstance(data, Mapping):
+        return {k: portable(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [portable(v) for v in data]
+    if not isinstance(data, str):
+        return data
+    for name, value in os.environ.items():
+        if name.startswith("MIXBITS_") and value and data.startswith(value):
+            return f"${{{name}}}{data[len(value) :]}"
+    return data
+
+
 def _override(data: dict[str, Any], text: str) -> None:
     key, separator, value = text.partition("=")
     if not separator:
@@ -146,7 +161,10 @@ def _override(data: dict[str, Any], text: str) -> None:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
             raise SpecError(f"override {text!r}: {part!r} is not a group of settings")
-    data[last] = yaml.safe_load(value)
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SpecError(f"override {text!r}: value cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def load_experiment(path: str | Path, overrides: tuple[str, ...] = ()) -> ExperimentSettings:

@@ -9,13 +9,14 @@ from typing import Any
 
 from mixbits.errors import DataError
 from mixbits.lm.checkpoint import load_model, model_hash, save_model
-from mixbits.lm.corpus import read_sentences
+from mixbits.lm.corpus import encode
 from mixbits.lm.presets import ModelSize, build_model
 from mixbits.lm.tokenizer import load_tokenizer, word_tokenizer
 from mixbits.lm.train import TrainSettings, train_model
-from mixbits.pipeline.prepare import PreparedText, split_text
+from mixbits.pipeline.prepare import PreparedText, split_sentences
 from mixbits.pipeline.rows import TrainedRow, fingerprint, run_row
 from mixbits.pipeline.settings import ExperimentSettings, Vocabulary
+from mixbits.runs import read_json, write_json
 
 
 def _steps_log(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -77,6 +78,25 @@ def train_continued(
     return run_row(folder, key, work)
 
 
+def work_folder(output: str | Path) -> Path:
+    """Where the checkpoints of a model directory to be lie: ``<output>.work``."""
+    output = Path(output)
+    return output.with_name(output.name + ".work")
+
+
+def _claim(work: Path, key: str, *, resume: bool) -> None:
+    """Note what the work folder is for. Raises DataError when it holds checkpoints of something else."""
+    started = work / "started.json"
+    if any(work.glob("checkpoint-*")):
+        if not resume:
+            raise DataError(f"{work}: holds checkpoints of an earlier run; go on with --resume, or remove the folder")
+        if not started.is_file() or read_json(started).get("fingerprint") != key:
+            raise DataError(
+                f"{work}: holds checkpoints of other settings or another text; resume with the same ones, or remove the folder"
+            )
+    write_json(started, {"fingerprint": key})
+
+
 def train_from_text(
     text: str | Path,
     output: str | Path,
@@ -90,24 +110,27 @@ def train_from_text(
 ) -> dict[str, Any]:
     """Train a model from scratch on a text file and write the model directory ``output``.
 
-    Checkpoints lie in ``<output>.work`` until it is done. Returns {"valid_nats", "valid_ppl", "num_parameters", "steps"}.
-    Raises DataError when ``output`` is there already.
+    A word-level vocabulary is that of the training sentences (held-out ones aside). Checkpoints lie in ``<output>.work`` until it
+    is done. Returns {"valid_nats", "valid_ppl", "num_parameters", "steps"}. Raises DataError when ``output`` is there already, or
+    its work folder is of other settings or another text.
     """
     output = Path(output)
     if output.exists():
         raise DataError(f"{output}: exists already; choose another output folder or remove it")
+    sentences, held_out_sentences = split_sentences(text, valid)
     if vocabulary.path is not None:
         tokenizer = load_tokenizer(vocabulary.path)
     else:
         tokenizer = word_tokenizer(
-            read_sentences(text),
-            max_words=vocabulary.max_words,
-            min_count=vocabulary.min_count,
-            max_length=size.context,
+            sentences, max_words=vocabulary.max_words, min_count=vocabulary.min_count, max_length=size.context
         )
-    train, held_out = split_text(tokenizer, text, valid)
+    train, held_out = encode(tokenizer, sentences), encode(tokenizer, held_out_sentences)
     model = build_model(size, tokenizer, seed=settings.seed)
-    work = output.with_name(output.name + ".work")
+    work = work_folder(output)
+    key = fingerprint(
+        "train", size.model_dump(), settings.model_dump(), tokenizer.get_vocab(), train.sha256, held_out.sha256
+    )
+    _claim(work, key, resume=resume)
     found = train_model(
         model, train, held_out, settings, work, resume=resume, title="training", show_progress=show_progress
     )
@@ -115,7 +138,7 @@ def train_from_text(
     shutil.rmtree(work, ignore_errors=True)
     return {
         "valid_nats": found["valid_nats"],
-        "valid_ppl": math.exp(found["valid_nats"]),
+        "valid_ppl": math.exp(min(found["valid_nats"], 700.0)),
         "num_parameters": model.num_parameters(),
         "steps": found["steps"],
     }
