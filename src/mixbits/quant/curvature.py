@@ -198,7 +198,7 @@ def _probe_products(
     value = loss(model, part)
     if not bool(torch.isfinite(value)):
         raise DataError(
-            f"the loss on {where} is {float(value)}; expected a finite number: check the model and the text"
+            f"the loss on {where} is {float(value.detach())}; expected a finite number: check the model and the text"
         )
     found = torch.autograd.grad(value, list(parameters.values()), create_graph=True, allow_unused=True)
     # A unit that the loss does not use, or uses linearly, has no graph: its second derivative is zero.

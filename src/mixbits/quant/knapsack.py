@@ -8,34 +8,26 @@ Where the header still has several lengths, its padding is a variable of the pro
 nothing possible is excluded: an answer that fits is optimal; one that does not is cut off and the next best taken.
 
 Limits: above 300 units the search stops as soon as the answer is proved to be within 10^-4 of the optimum, which takes about a second at
-1,000 units, where the last byte of the header can cost minutes; what was proved is returned in ``bound``. HiGHS stops at an absolute gap of
-1e-6, which SciPy cannot change; values are scaled to a largest of 10^6, so that it is at most 10^-12 of the largest value left.
+1,000 units, where the last byte of the header can cost minutes; what was proved is returned in ``bound``.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from mixbits.quant.filesize import FileSizes, HeaderBounds, Within
+from mixbits.quant.highs import solve_core
 from mixbits.spec import HEADER_MULTIPLE
 
-_logger = logging.getLogger(__name__)
-_LARGEST_VALUE = 1e6
 _ROUNDING = 1e-12
 _CUT_COLUMNS = 2500
 _MAX_LENGTHS = 8
 _MAX_ROUNDS = 12
 _EXACT_UNITS = 300
 _LARGE_GAP, _LARGE_NODES = 1e-4, 300
-_TIME_LIMIT_SECONDS = 60.0
 
 Fits = Callable[[np.ndarray], bool]
 
@@ -77,7 +69,7 @@ def solve(value: np.ndarray, sizes: FileSizes, max_bytes: int, fits: Fits, small
         # A good answer for the likely length closes the bounds for good.
         likely = _header_of(sizes, best)
         for length in (likely, likely + HEADER_MULTIPLE):
-            found, _ = _milp(value, sizes, kept, header, (length, length), max_bytes, [], nodes)
+            found, _ = solve_core(value, sizes, kept, header, (length, length), max_bytes, [], nodes)
             if found is not None and fits(found):
                 best = found if _total(value, found) < _total(value, best) else best
                 break
@@ -134,7 +126,7 @@ def _search_span(
     """Best choice with a header in ``span``, or ``best``; and the bound. Answers too large by their digits are cut off."""
     cuts: list[np.ndarray] = []
     while True:
-        found, bound = _milp(value, sizes, kept, header, span, max_bytes, cuts)
+        found, bound = solve_core(value, sizes, kept, header, span, max_bytes, cuts)
         if found is None or bound >= _total(value, best):
             return best, bound
         if fits(found):
@@ -226,85 +218,3 @@ def _fill(value: np.ndarray, size: np.ndarray, choice: np.ndarray, room: int) ->
             break
         choice[g] = i
     return choice
-
-
-def _milp(
-    value: np.ndarray,
-    sizes: FileSizes,
-    kept: np.ndarray,
-    header: HeaderBounds,
-    span: tuple[int, int],
-    max_bytes: int,
-    cuts: list[np.ndarray],
-    node_limit: int | None = None,
-) -> tuple[np.ndarray | None, float]:
-    """HiGHS over the kept options, choices in ``cuts`` excluded. Returns (choice, or None if none is possible; lower bound)."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_matrix
-
-    groups, options = np.nonzero(kept)
-    num = len(groups)
-    least = np.where(kept, value, np.inf).min(1)
-    cost = np.append(value[groups, options] - least[groups], 0.0)
-    scale = _LARGEST_VALUE / cost.max() if cost.max() > 0 else 1.0
-    one = csr_matrix((np.ones(num), (groups, np.arange(num))), shape=(len(value), num + 1))
-    # The last column counts the multiples the padded header takes. Bytes are counted from the smallest choice's, to keep numbers small.
-    data = sizes.data[groups, options]
-    base = np.where(kept, sizes.data, np.iinfo(np.int64).max).min(1)
-    room = max_bytes - sizes.other_bytes - int(base.sum())
-    constraints = [
-        LinearConstraint(one, 1, 1),
-        LinearConstraint(csr_matrix(np.append(data - base[groups], HEADER_MULTIPLE).astype(float)), -np.inf, room),
-    ]
-    if header.fixed_low + np.where(kept, header.low, 0).max(1).sum() > span[0]:
-        row = np.append(-header.low[groups, options], HEADER_MULTIPLE).astype(float)
-        constraints.append(LinearConstraint(csr_matrix(row), header.fixed_low, np.inf))
-    for cut in cuts:
-        row = np.append(cut[groups] == options, 0).astype(float)
-        constraints.append(LinearConstraint(csr_matrix(row), -np.inf, len(cut) - 1))
-    multiples = [length // HEADER_MULTIPLE for length in span]
-    with _stdout_captured():
-        result = milp(
-            cost * scale,
-            integrality=np.ones(num + 1),
-            bounds=Bounds(np.append(np.zeros(num), multiples[0]), np.append(np.ones(num), multiples[1])),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0, "time_limit": _TIME_LIMIT_SECONDS, "node_limit": node_limit},
-        )
-    if result.x is None:
-        return None, -np.inf if result.status == 1 else np.inf
-    chosen = np.zeros(len(value), dtype=int)
-    picked = result.x[:num] > 0.5
-    chosen[groups[picked]] = options[picked]
-    return chosen, float(result.mip_dual_bound / scale + least.sum())
-
-
-@contextmanager
-def _stdout_captured() -> Iterator[None]:
-    """Send what C code prints on file descriptor 1 to the debug log (HiGHS prints stray lines). Process-wide while it lasts."""
-    try:
-        sys.stdout.flush()
-        saved = os.dup(1)
-    except (OSError, ValueError, AttributeError):  # no standard output at all
-        yield
-        return
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 1)
-        try:
-            yield
-        finally:
-            _flush_c_stdout()
-            os.dup2(saved, 1)
-            os.close(saved)
-            file.seek(0)
-            for line in file.read().decode(errors="replace").splitlines():
-                _logger.debug("HiGHS: %s", line)
-
-
-def _flush_c_stdout() -> None:
-    import ctypes
-
-    try:
-        ctypes.CDLL(None).fflush(None)
-    except (OSError, AttributeError, TypeError):  # no C library to ask by that name (Windows)
-        _logger.debug("cannot flush the C library's standard output")

@@ -1,0 +1,169 @@
+"""Projection against exact solutions: closed form at 1 bit, sorting for ternary, brute force over scales at 2 bits."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+
+from mixbits.errors import DataError, SpecError
+from mixbits.quant.grid import (
+    best_scale,
+    dequantize,
+    fake_quantize,
+    nearest_levels,
+    perturbation,
+    project,
+    quantize_weight,
+)
+from mixbits.spec import QuantizedWeight, QuantSpec
+
+ALL = [
+    QuantSpec(w, g, r)
+    for w, g in [(1, ""), (1.58, ""), (2, ""), (3, ""), (4, ""), (8, ""), (3, "half-step"), (4, "half-step")]
+    for r in ("row", "tensor")
+]
+
+
+def weights(rows, cols, seed=0, tails="normal"):
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, cols, generator=generator)
+    if tails == "laplace":
+        return w * torch.empty(rows, cols).exponential_(generator=generator).sqrt()
+    return w**3 if tails == "extreme" else w
+
+
+def row_errors(w, spec):
+    levels, scale = project(w, spec)
+    return (w - scale * levels).double().square().sum(1)
+
+
+def test_one_bit_is_the_closed_form():
+    w = weights(7, 33)
+    levels, scale = project(w, QuantSpec(1))
+    torch.testing.assert_close(scale.squeeze(1), w.abs().mean(1))
+    assert torch.equal(levels, torch.where(w >= 0, 1.0, -1.0))
+    _, scale = project(w, QuantSpec(1, granularity="tensor"))
+    torch.testing.assert_close(scale, w.abs().mean().reshape(1, 1))
+
+
+def exact_ternary_error(row):
+    """Keep the k largest: the scale is their mean, the error ||w||^2 - (sum of them)^2 / k, least over k."""
+    a = np.sort(np.abs(row))[::-1]
+    sums = np.cumsum(a)
+    return float((row**2).sum() - (sums**2 / np.arange(1, len(a) + 1)).max())
+
+
+EXTREME = pytest.param(
+    "extreme",
+    marks=pytest.mark.xfail(reason="known limit: kurtosis in the hundreds needs a larger starting scale", strict=True),
+)
+
+
+@pytest.mark.parametrize("tails", ["normal", "laplace", EXTREME])
+def test_ternary_reaches_the_exact_solution(tails):
+    w = weights(40, 100, seed=1, tails=tails)
+    exact = np.array([exact_ternary_error(r) for r in w.double().numpy()])
+    found = row_errors(w, QuantSpec(1.58)).numpy()
+    assert np.all(found >= exact * (1 - 1e-5))
+    # A local search: at most 2 % above the optimum in a row, and 0.3 % on average.
+    assert np.all(found <= exact * 1.02)
+    assert found.sum() <= exact.sum() * 1.003
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(2), QuantSpec(3), QuantSpec(4), QuantSpec(3, "half-step")], ids=str)
+def test_tiny_groups_against_brute_force_over_the_scale(spec):
+    w = weights(20, 5, seed=2)
+    found = row_errors(w, spec).numpy()
+    levels = np.array(spec.levels)
+    for row, error in zip(w.double().numpy(), found, strict=True):
+
+        def at(scale, row=row):
+            return float(((row[:, None] - scale * levels) ** 2).min(1).sum())
+
+        grid = np.linspace(1e-6, 2.5 * np.abs(row).max(), 1500)
+        all_at_once = ((row[:, None] - grid[:, None, None] * levels) ** 2).min(2).sum(1)
+        start = grid[all_at_once.argmin()]
+        exact = minimize_scalar(at, bounds=(start - grid[1], start + grid[1]), method="bounded").fun
+        # Five weights a row are the hard case for a local search: within 5 % of the row's norm of the optimum.
+        assert exact * (1 - 1e-5) - 1e-9 <= error <= exact + 0.05 * float((row**2).sum())
+
+
+@pytest.mark.parametrize("spec", ALL, ids=str)
+def test_projection_is_a_fixed_point_and_no_worse_than_any_start(spec):
+    w = weights(6, 50, seed=3)
+    levels, scale = project(w, spec)
+    assert set(levels.unique().tolist()) <= set(spec.levels)
+    again = best_scale(w, levels, spec)
+    error = float((w - scale * levels).square().sum())
+    assert float((w - again * levels).square().sum()) == pytest.approx(error, rel=1e-4)
+    assert torch.equal(nearest_levels(w, scale, spec), levels)
+    assert error <= float((w - scale * 1.1 * nearest_levels(w, scale * 1.1, spec)).square().sum()) * (1 + 1e-6)
+
+
+def test_more_levels_leave_less():
+    w = weights(20, 200, seed=4)
+    errors = [perturbation(w, QuantSpec(b)) for b in (1, 1.58, 2, 3, 4, 8, 16)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("spec", ALL, ids=str)
+def test_zero_rows_and_zero_matrices(spec):
+    w = weights(4, 9, seed=5)
+    w[2] = 0
+    quantized = dequantize(quantize_weight(w, spec))
+    assert torch.isfinite(quantized).all()
+    if spec.granularity == "row":
+        assert not quantized[2].any()
+    zero = quantize_weight(torch.zeros(3, 4), spec)
+    assert not dequantize(zero).any()
+
+
+@pytest.mark.parametrize("spec", ALL, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1), (3, 13)])
+def test_scales_are_float16_and_codes_index_levels(spec, shape):
+    w = weights(*shape, seed=6)
+    q = quantize_weight(w, spec)
+    assert isinstance(q, QuantizedWeight)
+    assert q.codes.dtype == torch.uint8
+    assert q.codes.shape == shape
+    assert int(q.codes.max()) < len(spec.levels)
+    assert q.scales.shape == (spec.num_scales(shape[0]),)
+    assert torch.equal(q.scales.half().float(), q.scales)
+    table = torch.tensor(spec.levels)
+    assert torch.equal(table[q.codes.long()] * q.scales[:, None], dequantize(q))
+    # For the rounded scales the codes are the nearest ones still.
+    distance = (w[..., None] - table * q.scales.view(-1, 1, 1)).abs()
+    chosen = (w - dequantize(q)).abs()
+    assert torch.all(chosen <= distance.min(-1).values * (1 + 1e-5) + 1e-7)
+
+
+def test_given_scale_is_used():
+    w = weights(3, 8)
+    q = quantize_weight(w, QuantSpec(4), scale=torch.full((3, 1), 0.1))
+    assert torch.equal(q.scales, torch.full((3,), 0.1).half().float())
+
+
+def test_sixteen_bits_round_to_float16():
+    w = weights(3, 8)
+    assert torch.equal(fake_quantize(w, QuantSpec(16)), w.half().float())
+    with pytest.raises(SpecError, match="no grid"):
+        project(w, QuantSpec(16))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(bad):
+    w = weights(3, 8)
+    w[1, 1] = bad
+    with pytest.raises(DataError, match="NaN or infinite"):
+        fake_quantize(w, QuantSpec(2))
+
+
+def test_a_scale_beyond_float16_is_refused():
+    with pytest.raises(SpecError, match="does not fit float16"):
+        quantize_weight(torch.full((1, 4), 1e6), QuantSpec(1))
+
+
+def test_perturbation_is_the_squared_distance():
+    w = weights(3, 8)
+    spec = QuantSpec(2)
+    assert perturbation(w, spec) == pytest.approx(float((fake_quantize(w, spec) - w).square().sum()))
