@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mixbits.errors import DataError
+from mixbits.errors import DataError, SpecError
 from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import TokenStream
 from mixbits.lm.perplexity import Perplexity, from_nll, perplexity
@@ -96,11 +96,14 @@ def check_same_settings(settings: ExperimentSettings, path: Path) -> None:
 def _check_before_training(settings: ExperimentSettings, text: PreparedText) -> None:
     """Budgets that cannot be met, text that is too short and missing lists are refused before hours of training."""
     inventory = find_units(build_model(settings.model, text.tokenizer, seed=settings.seed))
-    specs = parse_specs(settings.measure.specs)
     for row in settings.rows:
         if row.spec is not None:
             QuantSpec.parse(row.spec)
         else:
+            specs = parse_specs(row.specs or settings.measure.specs)
+            unmeasured = set(specs) - set(parse_specs(settings.measure.specs))
+            if unmeasured:
+                raise SpecError(f"row {row.name}: specs {', '.join(map(str, unmeasured))} are not among measure.specs")
             check_budget(inventory, specs, max_bytes=budget_bytes(inventory, ratio=row.ratio))
     for name in ("train", "valid", "test"):
         check_text(getattr(text, name), settings.model.context if name != "test" else 1, f"text.{name}")
@@ -114,7 +117,8 @@ def row_allocation(row: Row, inventory: ModelInventory, sensitivities: Sensitivi
     """The bits of a row: uniform, or learned under its budget."""
     if row.spec is not None:
         return BitAllocation.uniform(inventory, QuantSpec.parse(row.spec))
-    return allocate(inventory, sensitivities, max_bytes=budget_bytes(inventory, ratio=row.ratio))
+    specs = None if row.specs is None else parse_specs(row.specs)
+    return allocate(inventory, sensitivities, max_bytes=budget_bytes(inventory, ratio=row.ratio), specs=specs)
 
 
 def _sensitivities(

@@ -73,11 +73,15 @@ class MeasureSettings(_Frozen):
 
 
 class Row(_Frozen):
-    """One quantized model of an experiment: a uniform ``spec``, or learned bits under a budget."""
+    """One quantized model of an experiment: a uniform ``spec``, or learned bits under a budget.
+
+    ``specs``: what learned bits may be chosen from; None is everything that was measured.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     spec: str | None = None
     ratio: float | None = Field(None, gt=0)
+    specs: tuple[str, ...] | None = None
     method: Literal["straight-through", "admm"] | None = None
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ whatever is not a unit is listed in ``ModelInventory.others``, stored as float16
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from typing import Any, Literal
@@ -60,9 +61,13 @@ def find_units(model: nn.Module) -> ModelInventory:
     inventory = ModelInventory(tuple(units), others, _unused_position_weights(model))
     for name, shape in others:
         if math.prod(shape) > _LARGE_SHARE * inventory.num_parameters:
-            share = 100 * math.prod(shape) / inventory.num_parameters
-            _logger.warning("%s %s is not a unit: kept at 16 bits (%.1f %% of the parameters)", name, shape, share)
+            _say_once(name, shape, 100 * math.prod(shape) / inventory.num_parameters)
     return inventory
+
+
+@functools.cache
+def _say_once(name: str, shape: tuple[int, ...], share: float) -> None:
+    _logger.warning("%s %s is not a unit: kept at 16 bits (%.1f %% of the parameters)", name, shape, share)
 
 
 def _other_tensors(model: nn.Module, unit_ids: set[int]) -> tuple[tuple[str, tuple[int, ...]], ...]:
