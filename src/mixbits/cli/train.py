@@ -55,7 +55,7 @@ def main(
             vocabulary=validate(Vocabulary, words, where="mixbits train"),
         )  # fmt: skip
     except KeyboardInterrupt:
-        if any(work_folder(output).glob("checkpoint-*/mixbits_complete")):
+        if work_folder(output).exists():
             typer.echo(
                 f"interrupted; checkpoints are in {work_folder(output)}: run the same command with --resume to go on",
                 err=True,

@@ -12,7 +12,7 @@ from mixbits.lm.checkpoint import load_model, model_hash, save_model
 from mixbits.lm.corpus import encode
 from mixbits.lm.presets import ModelSize, build_model
 from mixbits.lm.tokenizer import load_tokenizer, word_tokenizer
-from mixbits.lm.train import TrainSettings, train_model
+from mixbits.lm.train import TrainSettings, last_complete_checkpoint, train_model
 from mixbits.pipeline.prepare import PreparedText, split_sentences
 from mixbits.pipeline.rows import TrainedRow, fingerprint, run_row
 from mixbits.pipeline.settings import ExperimentSettings, Vocabulary
@@ -131,9 +131,14 @@ def train_from_text(
         "train", size.model_dump(), settings.model_dump(), tokenizer.get_vocab(), train.sha256, held_out.sha256
     )
     _claim(work, key, resume=resume)
-    found = train_model(
-        model, train, held_out, settings, work, resume=resume, title="training", show_progress=show_progress
-    )
+    try:
+        found = train_model(
+            model, train, held_out, settings, work, resume=resume, title="training", show_progress=show_progress
+        )
+    except BaseException:
+        if last_complete_checkpoint(work) is None:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     save_model(model.eval(), tokenizer, output)
     shutil.rmtree(work, ignore_errors=True)
     return {
