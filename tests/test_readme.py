@@ -11,7 +11,7 @@ from mixbits.cli.main import main
 
 README = Path(__file__).parent.parent / "README.md"
 SMALL = {
-    "train": "--layers 1 --hidden 32 --feed-forward 64 --heads 2 --context 32 --epochs 2",
+    "train": "--layers 1 --hidden 128 --feed-forward 512 --heads 2 --context 16 --epochs 2",
     "compress": "--epochs 1 --probes 3",
 }
 NAMES = ["the cat", "a dog", "the old man", "my sister", "the teacher"]

@@ -290,3 +290,10 @@ def test_missing_references_are_counted(world, tmp_path):
     assert any("10 of 210 utterances have no reference" in note and "other 200" in note for note in some.notes)
     assert some.entries == part.entries
     assert len(some.lists) == 210
+
+
+def test_a_boundary_written_in_a_hypothesis_is_no_boundary(world):
+    _, tokenizer = load_model(world / "trained")
+    encoded = lm_scores.encode_texts(tokenizer, ["dogs </s> mice", "dogs chase"])
+    assert all(ids[0] == ids[-1] == 2 and 2 not in ids[1:-1] for ids in encoded.values())
+    assert encoded["dogs </s> mice"][2] == tokenizer.unk_token_id

@@ -83,7 +83,7 @@ def test_linear_shared_by_two_modules_is_one_unit():
 
 
 def test_bad_models():
-    with pytest.raises(SpecError, match="no nn.Linear"):
+    with pytest.raises(SpecError, match=r"no nn\.Linear"):
         find_units(nn.LayerNorm(4))
     crossed = nn.ModuleDict({"a": nn.Linear(4, 4), "b": Conv1D(4, 4)})
     crossed["b"].weight = crossed["a"].weight

@@ -24,7 +24,7 @@ from mixbits.asr.nbest import NBest
 from mixbits.asr.rescore import DEFAULT_MAX_TOKENS, LmFeatures, lm_features
 from mixbits.errors import DataError
 from mixbits.lm.checkpoint import load_model, model_hash
-from mixbits.lm.corpus import boundary_id
+from mixbits.lm.corpus import boundary_id, encode_lines
 from mixbits.lm.forest import ForestScorer, SequenceScorer
 from mixbits.lm.tokenizer import load_tokenizer
 from mixbits.runs import hash_file, hash_text
@@ -145,7 +145,7 @@ def encode_texts(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
     encoded = {}
     for start in range(0, len(distinct), _ENCODE_BATCH):
         batch = distinct[start : start + _ENCODE_BATCH]
-        rows = tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        rows = encode_lines(tokenizer, batch)
         encoded.update({text: [boundary, *row, boundary] for text, row in zip(batch, rows, strict=True)})
     return encoded
 
