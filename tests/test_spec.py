@@ -109,6 +109,8 @@ def test_parse_inverts_str(spec):
     [
         ("two", "cannot read 'two'"),
         ("", "cannot read ''"),
+        ("nan", "bit width nan does not exist"),
+        ("inf", "bit width inf does not exist"),
         ("5", "bit width 5 does not exist on grid 'papers'"),
         ("2-papers", "use 1.58"),
         ("2-cubic", "unknown grid 'cubic'"),

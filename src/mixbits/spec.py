@@ -127,7 +127,8 @@ class QuantSpec:
             width = float(parts[0])
         except ValueError:
             raise SpecError(f"cannot read {text!r} as a spec; expected e.g. '2', '1.58' or '2-half-step-row'") from None
-        return cls(int(width) if width == int(width) else width, cast(Grid, rest), granularity)
+        whole = math.isfinite(width) and width == int(width)
+        return cls(int(width) if whole else width, cast(Grid, rest), granularity)
 
 
 @dataclass(frozen=True)

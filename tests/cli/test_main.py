@@ -102,7 +102,18 @@ def test_a_system_error_on_a_file_is_one_line(command, capsys, tmp_path):
 
     command(main)
     assert cli.main(["train"]) == 2
-    assert capsys.readouterr().err.startswith("mixbits: error: [Errno 2] No such file")
+    assert capsys.readouterr().err.startswith(f"mixbits: error: {tmp_path / 'gone'}: No such file")
+
+
+def test_a_system_error_names_the_target_not_the_temporary_file(command, capsys, tmp_path):
+    def main() -> None:
+        (tmp_path / "target").mkdir()
+        (tmp_path / ".target.tmp").touch()
+        (tmp_path / ".target.tmp").replace(tmp_path / "target")
+
+    command(main)
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err.startswith(f"mixbits: error: {tmp_path / 'target'}: Is a directory; check")
 
 
 def test_debug_shows_the_traceback(command, monkeypatch):

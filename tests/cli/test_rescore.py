@@ -127,6 +127,11 @@ def test_bad_input_is_one_line_and_writes_nothing(world, tmp_path, capsys):
     for option, path, message in (("-o", tmp_path, "is a folder"), ("-o", dev, "same file as LIST")):
         assert run(dev, "-m", world / "trained", *hand, option, path) == 2
         assert message in capsys.readouterr().err
+    for option in ("-o", "--json", "--save-weights"):
+        assert run(dev, "-m", world / "trained", *hand, option, broken / "deep" / "out") == 2
+        captured = capsys.readouterr()
+        assert f"{broken} is a file; expected a folder" in captured.err
+        assert "Scored" not in captured.out
     assert run(dev, "-m", world / "trained", *hand, "-o", target, "--json", target) == 2
     assert "same file as --output" in capsys.readouterr().err
     assert read_nbest(dev)[0].utterance == "dev-0"

@@ -201,6 +201,11 @@ def test_bad_input(tmp_path, trained, texts, make_model, monkeypatch):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(DataError, match=r"empty\.txt: holds no text"):
         run(trained, texts, tmp_path / "out", text=tmp_path / "empty.txt")
-    with pytest.raises(DataError, match="nowhere"):
+    for nowhere in (".", "/", ".."):
+        with pytest.raises(DataError, match=r"not the name of a new folder"):
+            run(trained, texts, nowhere)
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        run(trained, texts, tmp_path / "short.txt" / "out")
+    with pytest.raises(DataError, match=r"nowhere: no config\.json; expected a Hugging Face model"):
         run(tmp_path / "nowhere", texts, tmp_path / "out")
     assert not (tmp_path / "out").exists()

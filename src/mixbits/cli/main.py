@@ -100,6 +100,9 @@ def root_app() -> typer.Typer:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        where = error.filename2 if error.filename2 is not None else error.filename
+        text = f"{os.fsdecode(where)}: {error.strerror}; check the path, its permissions and the space on the disk"
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -139,8 +139,22 @@ def _check_outputs(nbest: Path, outputs: dict[str, Path | None]) -> None:
             continue
         if path.is_dir():
             raise DataError(f"{option} {path}: is a folder; expected a file name")
+        _check_writable(path, option)
         if (other := taken.setdefault(path.resolve(), option)) != option:
             raise DataError(f"{option} {path}: is the same file as {other}; choose another name")
+
+
+def _check_writable(path: Path, option: str) -> None:
+    """Raise DataError unless a file can be made there, folders included."""
+    import os
+
+    from mixbits.errors import DataError
+
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise DataError(f"{option} {path}: {nearest} is a file; expected a folder to write to")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise DataError(f"{option} {path}: no permission to write in {nearest}; choose another place")
 
 
 def _record(result: RescoredList, sources: dict[str, str], lower_case: bool, seed: int) -> dict[str, Any]:

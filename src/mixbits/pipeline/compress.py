@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixbits.errors import DataError
 from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import TokenStream, encode_file, token_batches
 from mixbits.lm.loss import mean_loss
@@ -101,6 +102,12 @@ def compress(
     model is broken or the text does not fit it.
     """
     model, output = Path(model), Path(output)
+    if not output.name or output.name == "..":
+        raise DataError(
+            f"{output}: is not the name of a new folder; expected a model directory to write, e.g. small-model"
+        )
+    if not (model / "config.json").is_file():
+        raise DataError(f"{model}: no config.json; expected a Hugging Face model directory (mixbits train makes one)")
     work = output.with_name(output.name + ".work")
     measure, quantize = measure or MeasureSettings(), quantize or QuantizeSettings()
     full_hash = model_hash(model)
@@ -124,6 +131,7 @@ def compress(
     check_text(stream, context, text)
     if train:
         check_text(held_out, context, valid or f"{text} (held-out part)")
+    work.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is found out before the work
     sensitivities = _measured(full, stream, measure, context, work, full_hash, show_progress=show_progress)
     allocation = allocate(inventory, sensitivities, max_bytes=budget)
     write_json(work / "allocation.json", allocation.to_json())
