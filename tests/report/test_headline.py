@@ -88,6 +88,20 @@ def test_first_pass_better_than_full_means_no_claim():
     )
 
 
+def test_words_are_compared_with_the_system_that_p_and_bound_are_against():
+    # Bound 0.75 points: a fifth of the gain of full (3.82) allows it, a fifth of full-continued's (2.84) does not.
+    data = example.example_summary()
+    rows = {row["name"]: row for row in data["rows"]}
+    rows["full-continued"]["wer"] = 49.0
+    data["rows"] = [row for row in data["rows"] if row["name"] != "learned-20x"]
+    rows["learned-16x"] |= {"delta_wer_upper_95": 0.75, "p_value_vs_full": 0.4}
+    for system, claimed in (("full", True), ("full-continued", False)):
+        data["asr"] |= {"reference_system": system, "gain_significant": True}
+        text = headline(Summary.from_json(data))[0].replace("\u00a0", " ")
+        assert f"p = 0.400 against {system}" in text
+        assert ("No significant WER loss" in text) is claimed
+
+
 def test_no_learned_row_and_no_rows_at_all():
     rows = [{"name": "full", "ppl": 3.0}]
     assert headline(Summary.from_json({"rows": rows})) == ["No learned bits in these results; systems: full."]

@@ -96,7 +96,7 @@ def rescore_systems(
         systems: name → model directory. tests: name → list; the one named ``test``, else the first, is the headline.
         cache: folder of kept LM scores, so that a second run needs no model.
 
-    Returns plain data for a summary: ``rows`` (name → entry on the headline list, see :func:`mixbits.pipeline.speech_rows.compare`),
+    Returns plain data for a summary: ``reference_system``, ``rows`` (name → entry on the headline list, see :func:`mixbits.pipeline.speech_rows.compare`),
     ``tests`` (list → name → entry), ``lists``, ``weights``, ``dev_wer``, ``gain_significant`` (headline list: ``reference_system``
     beats the file's order and the tuned first pass), ``no_loss_rule``, ``headline``, ``notes``.
 
@@ -136,6 +136,7 @@ def rescore_systems(
         notes.append(f"List {headline!r}: {gain_over_tuning(file, texts, reference_system)}")
     return {
         "headline": headline,
+        "reference_system": reference_system,
         "rows": entries[headline],
         "tests": entries,
         "lists": facts,

@@ -111,15 +111,16 @@ def list_fact(summary: Summary, key: str) -> Any:
 def _words(row: SummaryRow, summary: Summary) -> list[str]:
     if row.wer is None:
         return []
-    full, first = summary.row("full"), first_pass_wer(summary)
+    name = str(summary.asr.get("reference_system") or "full")  # what p and the bound of the loss are against
+    full, first = summary.row(name), first_pass_wer(summary)
     full_wer = None if full is None else full.wer
-    others = [f"{number(v)} % {name}" for v, name in ((full_wer, "full"), (first, "first pass")) if v is not None]
+    others = [f"{number(v)} % {what}" for v, what in ((full_wer, name), (first, "first pass")) if v is not None]
     p = row.p_value_vs_full
     text = f"WER {number(row.wer)} %"
     text += f" ({', '.join(others)})" if others else ""
     if full_wer is None:
         return [f"{text}."]
-    text += "" if p is None else f", p {'' if p < 0.001 else '= '}{p_text(p)} against full"
+    text += "" if p is None else f", p {'' if p < 0.001 else '= '}{p_text(p)} against {name}"
     return [f"{text}.", _loss_of_words(row, summary, full_wer=full_wer, first_wer=first)]
 
 

@@ -185,9 +185,7 @@ def plot_wer(summary: Summary, *, prefix: str) -> Plot | None:
         axes.set_xlabel("word error rate, %")
         axes.tick_params(axis="y", length=0, colors=INK)
         svg = to_svg(figure, prefix=prefix, label="Word error rate by system")
-    caption = (
-        "Shorter is better. p: MAPSSWE against full, two-sided. The oracle picks the best hypothesis of every list."
-    )
+    caption = "Shorter is better. p: MAPSSWE against full precision, two-sided. The oracle picks the best hypothesis of every list."
     return Plot("Word error rate by system", caption, svg)
 
 
