@@ -1,14 +1,16 @@
 """Bits per unit under an exact byte budget for the whole weight file: an integer program solved to optimality.
 
-Minimise the sum of predicted loss increases over one spec a unit, such that header, scales, codes, norms, biases and positions together
-take at most ``max_bytes`` (the very bytes of :func:`mixbits.spec.predicted_bytes`). The papers name no solver; this one is
-exact (see :mod:`mixbits.quant.knapsack`), and a budget that cannot be met is refused at once.
+Minimise the sum of predicted loss increases over one spec a unit, such that header, scales, codes, norms,
+biases and positions together take at most ``max_bytes`` (the very bytes of
+:func:`mixbits.spec.predicted_bytes`). The papers name no solver; this one is exact (see
+:mod:`mixbits.quant.knapsack`), and a budget that cannot be met is refused at once.
 
-Rules: a negative sensitivity counts as 0 (bits never hurt), which provenance tells; of specs that predict the same loss the smaller is
-taken; nothing assumes that more bits predict less loss. A unit in ``fixed`` has its spec; if that was not measured (16 bits, say), its
-loss counts as 0, which provenance tells.
+Rules: a negative sensitivity counts as 0 (bits never hurt), which provenance tells; of specs that predict the
+same loss the smaller is taken; nothing assumes that more bits predict less loss. A unit in ``fixed`` has its
+spec; if that was not measured (16 bits, say), its loss counts as 0, which provenance tells.
 
-Limits: units are taken to act independently, as the sensitivities are.
+Limits: units are taken to act independently, as the sensitivities are. Above 300 units the answer is proved to
+be within 10^-4 of the optimum rather than equal to it; ``gap_nats`` in provenance says what was proved.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def budget_bytes(
     bytes: int | None = None,
     bits_per_weight: float | None = None,
 ) -> int:
-    """The largest file that meets the one target given: compression ratio, bytes, or bits per weight. Raises SpecError."""
+    """The largest file that meets the one target given; exactly one is. Raises SpecError."""
     given = {"ratio": ratio, "bytes": bytes, "bits_per_weight": bits_per_weight}
     named = {name: value for name, value in given.items() if value is not None}
     if len(named) != 1:
@@ -86,7 +88,7 @@ def _candidates(
 def _values(
     sensitivities: Sensitivities, names: Sequence[str], candidates: Sequence[Sequence[QuantSpec]]
 ) -> np.ndarray:
-    """Clamped predicted losses (G, S), infinite where a unit has no such option; unmeasured (fixed) specs count 0."""
+    """Clamped predicted losses (G, S); infinite: no such option; unmeasured (fixed) specs count 0."""
     value = np.full((len(candidates), max(map(len, candidates))), np.inf)
     for g, (name, specs) in enumerate(zip(names, candidates, strict=True)):
         measured = sensitivities.units[name].loss_increase
@@ -95,7 +97,7 @@ def _values(
 
 
 def _drop_dominated(value: np.ndarray, sizes: FileSizes) -> np.ndarray:
-    """``value`` with options made infinite that another option of the unit beats or equals in loss, data and header."""
+    """``value``, infinite where another option of the unit is no worse in loss, data and header."""
     result = value.copy()
     order = np.lexsort((sizes.entries, value, sizes.data), axis=1)
     for g, columns in enumerate(order):
@@ -109,7 +111,7 @@ def _drop_dominated(value: np.ndarray, sizes: FileSizes) -> np.ndarray:
 
 
 def check_budget(inventory: ModelInventory, specs: Sequence[QuantSpec], *, max_bytes: int) -> None:
-    """Raise SpecError, naming the smallest size, if no choice of ``specs`` fits in ``max_bytes``; needs no sensitivities."""
+    """Raise SpecError, naming the smallest size, if no choice of ``specs`` fits; needs no sensitivities."""
     if not specs:
         raise SpecError("no specs to choose among; give at least one, e.g. 1,1.58,2,4")
     candidates = [sorted(set(specs))] * len(inventory.units)
@@ -150,9 +152,9 @@ def allocate(
 ) -> BitAllocation:
     """The allocation of least predicted loss whose weight file takes at most ``max_bytes``.
 
-    specs: choose among these only (default: all that were measured); fixed: unit name -> spec it must have. Provenance
-    holds solver, gap, budget, predicted bytes and loss. Raises SpecError: budget too small (naming the smallest size),
-    unknown unit, spec not measured, sensitivities of another model.
+    specs: choose among these only (default: all that were measured); fixed: unit name -> spec it must have.
+    Provenance holds solver, gap, budget, predicted bytes and loss. Raises SpecError: budget too small (naming
+    the smallest size), unknown unit, spec not measured, sensitivities of another model.
     """
     fixed = dict(fixed or {})
     _check(inventory, sensitivities, max_bytes, specs, fixed)

@@ -1,18 +1,19 @@
 """Hessian traces of every unit from one Hessian-vector product a probe (Hutchinson), with standard errors.
 
-For the mean loss L over all tokens of the batches and v with independent +-1 entries, the expectation of ``v_u . (H v)_u``
-over the entries of one unit u is the trace of u's diagonal block: cross terms between units vanish. So one product of
-the whole Hessian with one v serves all units, and the cost does not grow with their number (Xu et al., ICASSP 2021, use
-50 probes on one mini-batch of 32).
+For the mean loss L over all tokens of the batches and v with independent +-1 entries, the expectation of ``v_u
+. (H v)_u`` over the entries of one unit u is the trace of u's diagonal block: cross terms between units vanish.
+So one product of the whole Hessian with one v serves all units, and the cost does not grow with their number
+(Xu et al., ICASSP 2021, use 50 probes on one mini-batch of 32).
 
-How it is done: micro-batches in the outer loop, probes in the inner loop on one retained graph of the gradient (a fresh
-graph a probe costs twice as much), ``torch.autograd.grad`` throughout. L is the token-weighted mean of micro-batch
-losses, and so is its Hessian: ``estimate_i = sum_m weight_m * v_im . H_m v_im``. Every micro-batch has probes of its own,
-which costs the same as sharing them and averages the noise of more probes; the ``estimate_i`` are still independent of
-each other, so their spread gives the standard error.
+How it is done: micro-batches in the outer loop, probes in the inner loop on one retained graph of the gradient
+(a fresh graph a probe costs twice as much), ``torch.autograd.grad`` throughout. L is the token-weighted mean of
+micro-batch losses, and so is its Hessian: ``estimate_i = sum_m weight_m * v_im . H_m v_im``. Every micro-batch
+has probes of its own, which costs the same as sharing them and averages the noise of more probes; the
+``estimate_i`` are still independent of each other, so their spread gives the standard error.
 
-Limits: the standard error is that of the random probes on these very batches; it does not include which text was
-drawn. Expects a loss that is twice differentiable by autograd: :func:`double_backward_ready` sees to attention.
+Limits: the standard error is that of the random probes on these very batches; it does not include which text
+was drawn. Expects a loss that is twice differentiable by autograd: :func:`double_backward_ready` sees to
+attention.
 """
 
 from __future__ import annotations
@@ -63,12 +64,13 @@ class TraceEstimate:
 
 @contextmanager
 def double_backward_ready(model: nn.Module) -> Iterator[None]:
-    """Within: evaluation mode, float32, and attention that can be differentiated twice. Everything is restored after.
+    """Within: evaluation mode, float32, attention that can be differentiated twice. All is restored after.
 
-    The fused attention kernels have no second derivative; PyTorch's own unfused kernel has, is exact for no mask, boolean
-    and float masks alike, and serves every module that calls ``scaled_dot_product_attention``. (transformers' ``eager``
-    would serve too, but adds a boolean 4D mask as 0/1, silently wrong, so a model is left on ``eager`` only if it is
-    there already.) Other implementations, such as flash attention, are switched to ``sdpa`` for the while.
+    The fused attention kernels have no second derivative; PyTorch's own unfused kernel has, is exact for no
+    mask, boolean and float masks alike, and serves every module that calls ``scaled_dot_product_attention``.
+    (transformers' ``eager`` would serve too, but adds a boolean 4D mask as 0/1, silently wrong, so a model is
+    left on ``eager`` only if it is there already.) Other implementations, such as flash attention, are switched
+    to ``sdpa`` for the while.
     """
     training = [(m, m.training) for m in model.modules()]
     tensors = [*model.parameters(), *model.buffers()]
@@ -111,7 +113,7 @@ def num_predictions(batch: torch.Tensor) -> int:
 
 
 def split_batches(batches: Sequence[torch.Tensor], micro_batch_size: int) -> list[torch.Tensor]:
-    """Cut (B, T) batches into micro-batches of at most ``micro_batch_size`` rows. Raises DataError when nothing is left."""
+    """Micro-batches of at most ``micro_batch_size`` rows from (B, T) batches. Raises DataError if there are none."""
     for index, batch in enumerate(batches):
         if batch.dim() != 2:
             raise DataError(f"batch {index} has shape {tuple(batch.shape)}; expected token ids of shape (B, T)")
@@ -122,7 +124,8 @@ def split_batches(batches: Sequence[torch.Tensor], micro_batch_size: int) -> lis
 
 
 def rademacher_like(parameter: torch.Tensor, generator: torch.Generator, signs: torch.Tensor) -> torch.Tensor:
-    """Independent +-1 of the shape of ``parameter``: random bytes drawn on the CPU, eight signs looked up for each.
+    """Independent +-1 of the shape of ``parameter``: random bytes drawn on the CPU, eight signs looked up for
+    each.
 
     signs: the table of :func:`sign_table`, on the parameter's device and in its dtype.
     """
@@ -151,10 +154,11 @@ def hessian_traces(
 ) -> dict[str, TraceEstimate]:
     """Trace of each unit's diagonal block of the Hessian of the mean loss over all tokens of ``batches``.
 
-    batches: token ids, each (B, T); loss: mean nats per token of one micro-batch; token_count: how many tokens that mean
-    is over (give one that leaves out padding if the loss does). Call it inside :func:`double_backward_ready`. A tied
-    parameter is one unit. The same seed gives the same result for the same micro-batches on one machine.
-    Raises SpecError for settings that make no sense, DataError (naming the unit where there is one) for NaN.
+    batches: token ids, each (B, T); loss: mean nats per token of one micro-batch; token_count: how many tokens
+    that mean is over (give one that leaves out padding if the loss does). Call it inside
+    :func:`double_backward_ready`. A tied parameter is one unit. The same seed gives the same result for the
+    same micro-batches on one machine. Raises SpecError for settings that make no sense, DataError (naming the
+    unit where there is one) for NaN.
     """
     if num_probes < 1:
         raise SpecError(

@@ -1,9 +1,11 @@
-"""How large the weight file gets for any choice of one spec a unit: exact parts, and bounds of the part that is not additive.
+"""How large the weight file gets for any choice of one spec a unit: exact parts, and bounds of the part that is
+not additive.
 
-The file (:func:`mixbits.spec.stored_tensors`) is a header padded to a multiple, then float16 tensors (scales or weights of the
-units, then all other tensors), then codes. Data bytes and most of the header add up over units; the digits of the offsets do not,
-because they depend on all tensors before. Between the smallest and the largest choice an offset is bounded, and so are its digits; with one
-choice left a unit the bounds meet. `predicted_bytes` stays the only authority; the tests hold this page to it.
+The file (:func:`mixbits.spec.stored_tensors`) is a header padded to a multiple, then float16 tensors (scales or
+weights of the units, then all other tensors), then codes. Data bytes and most of the header add up over units;
+the digits of the offsets do not, because they depend on all tensors before. Between the smallest and the
+largest choice an offset is bounded, and so are its digits; with one choice left a unit the bounds meet.
+`predicted_bytes` stays the only authority; the tests hold this page to it.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ def padded(header: float) -> int:
 class Within:
     """Which choices are asked about: those whose excesses (G, S; >= 0) add up to at most ``limit``.
 
-    For any rate r >= 0 such a choice has ``sum_u x <= sum_u max_i (x_i - r * excess_i) + r * limit``, and likewise from below.
+    For any rate r >= 0 such a choice has ``sum_u x <= sum_u max_i (x_i - r * excess_i) + r * limit``, and
+    likewise from below.
     """
 
     excess: np.ndarray
@@ -62,7 +65,9 @@ class Within:
         return cls(np.zeros(like.shape), 0.0)
 
     def low(self, amounts: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """Lower bound of the sum over the first k + 1 units, for each k: (R, G), one row a rate, before the limit's share."""
+        """Lower bound of the sum over the first k + 1 units, for each k: (R, G), one row a rate, before the
+        limit's share.
+        """
         return np.stack([np.where(kept, amounts + r * self.excess, np.inf).min(1).cumsum() for r in self.rates])
 
     def settle(self, sums: np.ndarray) -> np.ndarray:
@@ -73,7 +78,9 @@ class Within:
 
 @dataclass(frozen=True)
 class HeaderBounds:
-    """Bounds of the unpadded header: shares (G, S) of each option, and of all that is fixed; and of the padded whole."""
+    """Bounds of the unpadded header: shares (G, S) of each option, and of all that is fixed; and of the padded
+    whole.
+    """
 
     low: np.ndarray
     high: np.ndarray
@@ -90,7 +97,9 @@ class HeaderBounds:
 
 @dataclass(frozen=True)
 class FileSizes:
-    """G units with up to S options each: (G, S) arrays of float16 bytes, code bytes and header entries; 0 where no option is."""
+    """G units with up to S options each: (G, S) arrays of float16 bytes, code bytes and header entries; 0 where
+    no option is.
+    """
 
     floats: np.ndarray
     codes: np.ndarray
@@ -143,7 +152,9 @@ class FileSizes:
         )
 
     def _begins(self, kept: np.ndarray, within: Within, sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lower bounds of ``sign`` times: where units' float tensors begin (G, 1), where the last ends (1,), where codes begin."""
+        """Lower bounds of ``sign`` times: where units' float tensors begin (G, 1), where the last ends (1,),
+        where codes begin.
+        """
         floats = np.pad(within.low(sign * self.floats, kept), ((0, 0), (1, 0)))
         both = np.pad(within.low(sign * self.data, kept), ((0, 0), (1, 0)))
         ends = within.settle(floats)

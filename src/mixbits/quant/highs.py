@@ -1,7 +1,8 @@
 """The core of bit allocation as an integer program for scipy.optimize.milp (HiGHS), at zero relative gap.
 
-Limits: HiGHS stops at an absolute gap of 1e-6, which SciPy cannot change; values are scaled to a largest of 10^6, so that it is at most
-10^-12 of the largest value. After 60 seconds the best answer so far is returned, with the bound that was proved.
+Limits: HiGHS stops at an absolute gap of 1e-6, which SciPy cannot change; values are scaled to a largest of
+10^6, so that it is at most 10^-12 of the largest value. After 60 seconds the best answer so far is returned,
+with the bound that was proved.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def solve_core(
 ) -> tuple[np.ndarray | None, float]:
     """Least value over the options ``kept`` with a padded header in ``span``; choices in ``cuts`` excluded.
 
-    Headers are taken by the lower bounds in ``header``, so nothing possible is excluded and the answer may be slightly too
-    large. Returns (choice (G,), or None if none is possible or found; proved lower bound of the value).
+    Headers are taken by the lower bounds in ``header``, so nothing possible is excluded and the answer may be
+    slightly too large. Returns (choice (G,), or None if none is possible or found; proved lower bound of the
+    value).
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_matrix
@@ -80,7 +82,9 @@ def solve_core(
 
 @contextmanager
 def _stdout_captured() -> Iterator[None]:
-    """Send what C code prints on file descriptor 1 to the debug log (HiGHS prints stray lines). Process-wide while it lasts."""
+    """Send what C code prints on file descriptor 1 to the debug log (HiGHS prints stray lines). Process-wide
+    while it lasts.
+    """
     try:
         sys.stdout.flush()
         saved = os.dup(1)

@@ -1,16 +1,20 @@
-"""The integer program behind bit allocation: one option a unit, least total value, file no larger than the limit.
+"""The integer program behind bit allocation: one option a unit, least total value, file no larger than the
+limit.
 
-Solver: scipy.optimize.milp (HiGHS) at zero relative gap, on a core. Before it, a Lagrangian bound drops the options that cannot be in any
-solution better than one at hand (reduced-cost fixing, which loses nothing). With fewer options the bounds of the header's length close in,
-which tightens the next round; nearly always one header length is left and the core is a plain multiple-choice knapsack.
+Solver: scipy.optimize.milp (HiGHS) at zero relative gap, on a core. Before it, a Lagrangian bound drops the
+options that cannot be in any solution better than one at hand (reduced-cost fixing, which loses nothing). With
+fewer options the bounds of the header's length close in, which tightens the next round; nearly always one
+header length is left and the core is a plain multiple-choice knapsack.
 
-Where the header still has several lengths, its padding is a variable of the program and its digits enter by their lower bounds, so that
-nothing possible is excluded: an answer that fits is optimal; one that does not is cut off and the next best taken.
+Where the header still has several lengths, its padding is a variable of the program and its digits enter by
+their lower bounds, so that nothing possible is excluded: an answer that fits is optimal; one that does not is
+cut off and the next best taken.
 
-Limits: exact to the byte in practice (at most 0.3 s for 100 units), but the number of cuts is limited: for units so small that they
-compare with their header entries, a gap may stay. Above 300 units the search stops as soon as the answer is proved to be within 10^-4 of
-the optimum, which takes about a second at 1,000 units, where the last byte of the header can cost minutes. The bound that was proved is
-returned, and `allocate` records the gap.
+Limits: exact to the byte in practice (at most 0.3 s for 100 units), but the number of cuts is limited: for
+units so small that they compare with their header entries, a gap may stay. Above 300 units the search stops as
+soon as the answer is proved to be within 10^-4 of the optimum, which takes about a second at 1,000 units, where
+the last byte of the header can cost minutes. The bound that was proved is returned, and `allocate` records the
+gap.
 """
 
 from __future__ import annotations
@@ -56,7 +60,8 @@ def _total(value: np.ndarray, choice: np.ndarray) -> float:
 def solve(value: np.ndarray, sizes: FileSizes, max_bytes: int, fits: Fits, smallest: np.ndarray) -> Solution:
     """Least total value among choices for which ``fits`` is true.
 
-    value: (G, S), infinite where a unit has no such option; fits: exact test of a choice (G,); smallest: a choice that fits.
+    value: (G, S), infinite where a unit has no such option; fits: exact test of a choice (G,); smallest: a
+    choice that fits.
     """
     cheapest = np.lexsort((sizes.data, value), axis=1)[:, 0]
     if fits(cheapest):
@@ -125,7 +130,9 @@ def _search_span(
     max_bytes: int,
     fits: Fits,
 ) -> tuple[np.ndarray, float]:
-    """Best choice with a header in ``span``, or ``best``; and the bound. Answers too large by their digits are cut off."""
+    """Best choice with a header in ``span``, or ``best``; and the bound. Answers too large by their digits are
+    cut off.
+    """
     cuts: list[np.ndarray] = []
     while True:
         found, bound = solve_core(value, sizes, kept, header, span, max_bytes, cuts)
@@ -141,11 +148,12 @@ def _search_span(
 def _reduce(
     value: np.ndarray, sizes: FileSizes, kept: np.ndarray, within: Within, best: np.ndarray, max_bytes: int, fits: Fits
 ) -> tuple[np.ndarray, np.ndarray, Within]:
-    """A choice at least as good as ``best`` that fits, the options of ``kept`` that a better one could use, and how far it can stray.
+    """A choice at least as good as ``best`` that fits, the options of ``kept`` that a better one could use, and
+    how far it can stray.
 
-    For a price p a byte, ``sum_u min_i (value + p * size) - p * room`` bounds every solution from below when size and room
-    are optimistic. What a solution's options exceed their units' minima by adds to that bound, so that in a better one
-    than ``best`` all excesses together stay below the difference.
+    For a price p a byte, ``sum_u min_i (value + p * size) - p * room`` bounds every solution from below when
+    size and room are optimistic. What a solution's options exceed their units' minima by adds to that bound, so
+    that in a better one than ``best`` all excesses together stay below the difference.
     """
     header = sizes.header_bounds(kept, within)
     allowed = np.where(kept, value, np.inf)
@@ -171,7 +179,9 @@ def _reduce(
 def _improve(
     value: np.ndarray, sizes: FileSizes, header: HeaderBounds, best: np.ndarray, room: int, fits: Fits
 ) -> np.ndarray:
-    """``best``, or a greedy choice that is better and fits: first with the longest header, then with the header that gave."""
+    """``best``, or a greedy choice that is better and fits: first with the longest header, then with the header
+    that gave.
+    """
     longest = header.padded_high
     for _ in range(4):
         _, choice = _price(value, sizes.data, room - longest)
@@ -188,7 +198,9 @@ def _improve(
 
 
 def _price(value: np.ndarray, size: np.ndarray, room: int) -> tuple[float, np.ndarray | None]:
-    """The price of a byte at which the cheapest choice just fits, by bisection; and that choice (None: nothing fits)."""
+    """The price of a byte at which the cheapest choice just fits, by bisection; and that choice (None: nothing
+    fits).
+    """
     rows = np.arange(len(value))
 
     def at(price: float) -> np.ndarray:

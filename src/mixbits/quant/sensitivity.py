@@ -1,14 +1,15 @@
 """Sensitivities: by how many nats per token the loss is predicted to rise when one unit is stored in one spec.
 
-One type, one JSON file, whatever the measure. Built here: ``hessian``, the second-order prediction of Xu et al. (ICASSP
-2021) in natural units, ``1/2 * trace / num_weights * perturbation`` (:func:`measure_hessian`). A measure that joins later
-(Fisher, KL, measured loss) returns the same :class:`Sensitivities`, with ``trace`` left out where it has none.
+One type, one JSON file, whatever the measure. Built here: ``hessian``, the second-order prediction of Xu et al.
+(ICASSP 2021) in natural units, ``1/2 * trace / num_weights * perturbation`` (:func:`measure_hessian`). A
+measure that joins later (Fisher, KL, measured loss) returns the same :class:`Sensitivities`, with ``trace``
+left out where it has none.
 
-The file carries the model's inventory, so it can be solved for any budget without the model, and keeps the sign of a
-negative trace (a saddle, or noise); the allocator clamps it and says so.
+The file carries the model's inventory, so it can be solved for any budget without the model, and keeps the sign
+of a negative trace (a saddle, or noise); the allocator clamps it and says so.
 
-Limits: the Hessian prediction assumes a pre-trained model at a minimum, noise independent of the weights and equal
-curvature within a unit, and ignores what training afterwards repairs and how units interact.
+Limits: the Hessian prediction assumes a pre-trained model at a minimum, noise independent of the weights and
+equal curvature within a unit, and ignores what training afterwards repairs and how units interact.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class UnitSensitivity:
-    """One unit, per spec: predicted loss increase (nats per token), its standard error (infinite: unknown) and perturbation.
+    """One unit, per spec: predicted loss increase (nats per token), its standard error (infinite: unknown) and
+    perturbation.
 
     ``trace`` is there for measures that have one. All three mappings have the same keys.
     """
@@ -192,7 +194,9 @@ def write_sensitivities(path: str | Path, sensitivities: Sensitivities) -> Path:
 def hessian_sensitivity(
     trace: TraceEstimate, num_weights: int, perturbations: Mapping[QuantSpec, float]
 ) -> UnitSensitivity:
-    """``1/2 * trace / num_weights * perturbation`` per spec, signed, with the standard error of the trace carried over."""
+    """``1/2 * trace / num_weights * perturbation`` per spec, signed, with the standard error of the trace
+    carried over.
+    """
     factor = 0.5 / num_weights
     return UnitSensitivity(
         {s: factor * trace.trace * p for s, p in perturbations.items()},
@@ -219,8 +223,8 @@ def measure_hessian(
 ) -> Sensitivities:
     """Hessian sensitivities of all units for all ``specs``; see :func:`mixbits.quant.curvature.hessian_traces`.
 
-    Switches the model for the while (:func:`double_backward_ready`) and leaves it as it was. ``provenance``: entries to
-    add to the file's. Raises SpecError for no specs or probes, DataError for NaN or no tokens.
+    Switches the model for the while (:func:`double_backward_ready`) and leaves it as it was. ``provenance``:
+    entries to add to the file's. Raises SpecError for no specs or probes, DataError for NaN or no tokens.
     """
     if not specs:
         raise SpecError("no specs to measure; give at least one, e.g. 1,1.58,2,3,4,8")
