@@ -167,3 +167,22 @@ def test_perturbation_is_the_squared_distance():
     w = weights(3, 8)
     spec = QuantSpec(2)
     assert perturbation(w, spec) == pytest.approx(float((fake_quantize(w, spec) - w).square().sum()))
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("cols", [128, 512])
+def test_eight_bits_are_near_the_best_of_a_fine_scan(cols, granularity):
+    weight = torch.randn(12, cols, generator=torch.Generator().manual_seed(cols))
+    spec = QuantSpec(8, granularity=granularity)
+    levels, scale = project(weight, spec)
+    groups = weight if granularity == "row" else weight.reshape(1, -1)
+    found = (weight - levels * scale).square().reshape(groups.shape).sum(1)
+    largest = groups.abs().amax(1, keepdim=True)
+    best = torch.full_like(found, torch.inf)
+    for share in torch.linspace(0.5, 1.1, 241):
+        step = largest * share / 127
+        codes = (groups / step).round().clamp(-127, 127)
+        step = (groups * codes).sum(1, keepdim=True) / codes.square().sum(1, keepdim=True)
+        best = torch.minimum(best, (groups - step * codes).square().sum(1))
+    assert (found / best).mean() < 1.1
+    assert (found / best).max() < 1.5

@@ -27,6 +27,9 @@ _STARTS: dict[int, tuple[float, ...]] = {
     16: (0.2, 0.3, 0.4, 0.55),
     255: (0.02, 0.03, 0.04, 0.06),
 }
+# With 255 levels alternating hardly moves the scale, and the best one follows the group's largest weight: further starts
+# in units of the scale that just reaches it.
+_STARTS_FROM_LARGEST = (0.8, 0.86, 0.92, 0.96, 1.0)
 _FLOAT16_MAX = 65504.0
 
 
@@ -86,9 +89,13 @@ def project(weight: torch.Tensor, spec: QuantSpec, *, max_iterations: int = 30) 
     weight = weight.float()
     count = weight.numel() if spec.granularity == "tensor" else weight.shape[1]
     rms = (_sum(weight * weight, spec) / max(count, 1)).sqrt()
+    starts = [rms * factor for factor in _STARTS[len(spec.levels)]]
+    if spec.bit_width == 8 and weight.numel():
+        largest = weight.abs().amax(1, keepdim=True) if spec.granularity == "row" else weight.abs().max().reshape(1, 1)
+        starts += [largest / spec.levels[-1] * factor for factor in _STARTS_FROM_LARGEST]
     best_levels, best, best_error = None, None, None
-    for factor in _STARTS[len(spec.levels)]:
-        levels, scale = alternate(weight, rms * factor, spec, max_iterations=max_iterations)
+    for start in starts:
+        levels, scale = alternate(weight, start, spec, max_iterations=max_iterations)
         error = _sum((weight - scale * levels).square(), spec)
         if best_levels is None or best is None or best_error is None:
             best_levels, best, best_error = levels, scale, error
