@@ -4,7 +4,7 @@ Time: forward-backward passes over the same tokens a probe costs (the limit is 3
 processes on the machine disturb little; forward-backward passes are timed before, between and after. Memory: peak
 resident memory above that of the loaded model, each in a process of its own, over that of AdamW training steps on all tokens at once.
 
-    python benchmarks/bench_hessian.py --probes 50
+    python benchmarks/bench_hessian.py
 
 Writes results/bench_hessian.json. Correctness comes first: exact traces are what tests/quant/test_curvature.py compares with.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -90,11 +89,17 @@ def peak_above_model(job: str, layers: int, micro_batch_size: int) -> float:
     return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 
+def peak_mib() -> float:
+    """Peak resident memory of this process (Linux; getrusage would also remember the parent's)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def memory_job(job: str, layers: int, micro_batch_size: int) -> float:
     model, ids = make(layers)
     with torch.no_grad():
         loss(model, ids[:1])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     if job == "train":
         optimizer = torch.optim.AdamW(model.parameters())
         for _ in range(2):
@@ -106,7 +111,7 @@ def memory_job(job: str, layers: int, micro_batch_size: int) -> float:
             hessian_traces(
                 model, find_units(model), [ids], loss, num_probes=3, seed=0, micro_batch_size=micro_batch_size
             )
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak_mib() - before
 
 
 def main() -> None:
@@ -123,8 +128,8 @@ def main() -> None:
         return
     rows = []
     for layers in (2, 8):
-        row = measure_time(layers, args.probes, args.micro_batch)
         train, hessian = (peak_above_model(job, layers, args.micro_batch) for job in ("train", "hessian"))
+        row = measure_time(layers, args.probes, args.micro_batch)
         row |= {"train_step_peak_mib": train, "hessian_peak_mib": hessian, "memory_ratio": hessian / train}
         print(
             f"{layers} layers, {row['units']} units: {row['forward_backwards_per_probe']:.2f} forward-backwards a probe "
