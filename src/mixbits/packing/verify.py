@@ -68,8 +68,6 @@ def _read_unit(name: str, entry: Any, where: str) -> tuple[Unit, QuantSpec]:
         spec = QuantSpec.parse(entry["spec"]) if isinstance(entry.get("spec"), str) else None
     except SpecError as error:
         raise FormatError(f"{where}.spec: {error}") from None
-    except (ValueError, OverflowError):
-        spec = None
     if spec is None:
         raise FormatError(f"{where}.spec is {entry.get('spec')!r:.100}; expected e.g. '2-half-step-row'")
     for key in ("rows", "cols"):
