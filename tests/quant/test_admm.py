@@ -112,9 +112,9 @@ def test_updates_follow_the_three_steps(opt, mixed):
 
 @pytest.mark.parametrize(("num_updates", "num_steps", "expected"), [(40, 7, 7), (5, 7, 5), (1, 3, 1), (40, 400, 40)])
 def test_the_number_of_updates(opt, mixed, num_updates, num_steps, expected):
-    method = method_for(opt, mixed, num_updates=num_updates)
+    method = method_for(opt, mixed, num_updates=num_updates, gamma_final=2.0)
     assert sum(bool(method.after_step(opt, s, num_steps)) for s in range(1, num_steps + 1)) == expected
-    assert method.gamma == pytest.approx(1.0)
+    assert method.gamma == pytest.approx(2.0)
 
 
 def test_the_forward_pass_sees_the_weights_themselves(opt, mixed, values_of):

@@ -11,6 +11,7 @@ from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import encode_file
 from mixbits.lm.perplexity import default_context, paired_difference, perplexity
 from mixbits.packing.modules import set_weight_cache
+from mixbits.pipeline.checks import check_text
 from mixbits.runs import versions
 
 
@@ -43,6 +44,7 @@ def evaluate_models(
                 f"{model} and {reference} have different vocabularies; a paired difference needs the same one"
             )
     stream = encode_file(tokenizer, text)
+    check_text(stream, 1, text)
     if context is None:
         context = min(default_context(m) for m in (lm, other) if m is not None)
     result = perplexity(lm, stream, context=context, stride=stride)

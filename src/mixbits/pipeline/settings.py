@@ -57,9 +57,9 @@ class QuantizeSettings(_Frozen):
     train: TrainSettings = TrainSettings(epochs=3, learning_rate=3e-4, teacher_weight=0.5)
     refine_epochs: float = Field(0.5, ge=0)
     refine_learning_rate: float = Field(1e-4, gt=0)
-    admm_gamma: float = Field(1e-3, gt=0)
-    admm_gamma_final: float = Field(1.0, gt=0)
-    admm_updates: int = Field(40, ge=1)
+    admm_gamma: float = Field(0.1, gt=0)
+    admm_gamma_final: float = Field(3.0, gt=0)
+    admm_updates: int = Field(10, ge=1)
 
 
 class MeasureSettings(_Frozen):

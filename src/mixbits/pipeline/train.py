@@ -56,8 +56,9 @@ def train_full(
 def train_continued(
     settings: ExperimentSettings, text: PreparedText, full: TrainedRow, folder: Path, *, show_progress: bool = True
 ) -> TrainedRow:
-    """Train the full-precision model on with the quantized models' epochs, learning rate and teacher."""
+    """Train the full-precision model on with the quantized models' epochs (refinement included), learning rate and teacher."""
     more = settings.quantize.train
+    more = more.model_copy(update={"epochs": more.epochs + settings.quantize.refine_epochs})
     key = fingerprint("continued", more.model_dump(), model_hash(full.model), text.hashes)
 
     def work(train_folder: Path, model_folder: Path) -> dict[str, Any]:

@@ -6,9 +6,11 @@ With the scaled dual lambda, the augmented Lagrangian is ``CE(W) + gamma/2 ||W -
 2. (alpha, V): minimise ||W + lambda - alpha V||^2 by alternating nearest codes and least-squares scale.
 3. lambda <- lambda + W - alpha V.
 
-Steps 2 and 3 run ``num_updates`` times over the training. gamma grows geometrically from ``gamma`` to ``gamma_final``: the papers'
-constant 1e-3 leaves a large gap between W and the grid at the end. When gamma changes, the scaled dual is rescaled so that
-the multiplier gamma * lambda stays the same. Residuals (primal ||W - alpha V|| / ||W||, dual gamma ||change of alpha V|| / ||W||)
+Steps 2 and 3 run ``num_updates`` times over the training, and gamma grows geometrically from ``gamma`` to ``gamma_final``. Two things
+decide whether it converges: gamma has to outweigh the loss gradient (the papers' constant 1e-3 does not), and between two updates the weights
+need time to reach their targets (steps x learning rate of the order of ||W - alpha V|| per weight); otherwise lambda, a running sum of
+gaps, grows, and the targets run away with it. When gamma changes, the scaled dual is rescaled so that the multiplier
+gamma * lambda stays the same. Residuals (primal ||W - alpha V|| / ||W||, dual gamma ||change of alpha V|| / ||W||)
 are logged at each update.
 """
 
@@ -38,9 +40,9 @@ class Admm:
         inventory: ModelInventory,
         allocation: BitAllocation,
         *,
-        gamma: float = 1e-3,
-        gamma_final: float = 1.0,
-        num_updates: int = 40,
+        gamma: float = 0.1,
+        gamma_final: float = 3.0,
+        num_updates: int = 10,
     ) -> None:
         if not 0 < gamma <= gamma_final < math.inf or num_updates < 1:
             raise SpecError(
