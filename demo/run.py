@@ -38,8 +38,6 @@ def run(folder: Path, overrides: tuple[str, ...] = ()) -> Path:
     console.print("3/3  report\n")
     found = read_summary(summary)
     console.print(report.terminal_table(found))
-    for line in report.headline(found):
-        console.print(line)
     page = report.render([summary], folder / "report.html")
     console.print(f"\nwrote {summary} and {page} ({(time.monotonic() - start) / 60:.1f} minutes)", soft_wrap=True)
     return page
