@@ -147,7 +147,11 @@ COLUMNS: tuple[Column, ...] = (
         "Δ nats\nper\u00a0token", "paired difference to the baseline ± standard error; positive = worse", _delta_cell
     ),
     Column("WER %", "word error rate, percent", lambda r, s: number(r.wer, 2)),
-    Column("p\u00a0vs\nbase", "MAPSSWE against the full-precision baseline, two-sided", lambda r, s: p_text(r.p_value_vs_full)),
+    Column(
+        "p\u00a0vs\nbase",
+        "MAPSSWE against the full-precision baseline, two-sided",
+        lambda r, s: p_text(r.p_value_vs_full),
+    ),
     Column("System", "name of the row in summary.json", lambda r, s: r.name, "left", "details"),
     Column("Method", "how it was trained quantized", lambda r, s: r.method or DASH, "left", "details"),
     Column(
