@@ -20,7 +20,7 @@ from mixbits.lm.train import TrainSettings, train_model
 from mixbits.packing.checkpoint import SavedModel, save_packed
 from mixbits.pipeline.checks import check_full_precision, check_output, check_text
 from mixbits.pipeline.prepare import split_text, training_context
-from mixbits.pipeline.rows import fingerprint
+from mixbits.pipeline.rows import figures_log, fingerprint
 from mixbits.pipeline.settings import QuantizeSettings
 from mixbits.quant.admm import Admm
 from mixbits.quant.grid import dequantize
@@ -73,7 +73,7 @@ def train_quantized(
         "valid_nats": found["valid_nats"],
         "steps": found["steps"],
         "epochs": settings.train.epochs,
-        "log": _log(found),
+        "log": figures_log(found["log"]),
     }
     if settings.refine_epochs > 0:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -126,10 +126,6 @@ def _train_codes(
 def _refine_settings(settings: QuantizeSettings) -> TrainSettings:
     changes = {"epochs": settings.refine_epochs, "learning_rate": settings.refine_learning_rate, "warmup_fraction": 0.1}
     return settings.train.model_copy(update=changes)
-
-
-def _log(found: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in entry.items() if k != "epoch"} for entry in found["log"] if "loss" not in entry]
 
 
 def round_to_nearest(model: Any, allocation: BitAllocation) -> dict[str, QuantizedWeight]:

@@ -78,3 +78,8 @@ def run_row(folder: Path, key: str, work: Callable[[Path, Path], dict[str, Any]]
     shutil.rmtree(folder / "train", ignore_errors=True)
     started_file.unlink(missing_ok=True)
     return TrainedRow(folder, record)
+
+
+def figures_log(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Validation losses and a method's figures from Trainer's log, without the running training losses."""
+    return [{k: v for k, v in entry.items() if k != "epoch"} for entry in log if "loss" not in entry]

@@ -14,14 +14,9 @@ from mixbits.lm.presets import ModelSize, build_model
 from mixbits.lm.tokenizer import load_tokenizer, word_tokenizer
 from mixbits.lm.train import TrainSettings, last_complete_checkpoint, train_model
 from mixbits.pipeline.prepare import PreparedText, split_sentences
-from mixbits.pipeline.rows import TrainedRow, fingerprint, run_row
+from mixbits.pipeline.rows import TrainedRow, figures_log, fingerprint, run_row
 from mixbits.pipeline.settings import ExperimentSettings, Vocabulary
 from mixbits.runs import read_json, write_json
-
-
-def _steps_log(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Validation losses and a method's figures from Trainer's log, without the running training losses."""
-    return [{k: v for k, v in entry.items() if k != "epoch"} for entry in log if "loss" not in entry]
 
 
 def train_full(
@@ -47,7 +42,7 @@ def train_full(
             "valid_nats": found["valid_nats"],
             "steps": found["steps"],
             "epochs": settings.full.epochs,
-            "log": _steps_log(found["log"]),
+            "log": figures_log(found["log"]),
         }
 
     return run_row(folder, key, work)
@@ -73,7 +68,7 @@ def train_continued(
             "valid_nats": found["valid_nats"],
             "steps": found["steps"],
             "epochs": more.epochs,
-            "log": _steps_log(found["log"]),
+            "log": figures_log(found["log"]),
         }
 
     return run_row(folder, key, work)
