@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -53,6 +53,25 @@ class TrainingMethod(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of state_dict."""
+
+
+@runtime_checkable
+class SecondGradient(Protocol):
+    """A method that may want the gradient of the same batch at other weights too (ADMM's extra-gradient)."""
+
+    def second_gradient(self, model: nn.Module) -> bool:
+        """Asked after ``after_backward``: True when it holds the first gradient, cleared it, and moved the weights.
+
+        Then the step runs forward and backward once more and calls ``after_backward`` again, which must put the weights back.
+        """
+
+
+@runtime_checkable
+class StopsTraining(Protocol):
+    """A method that knows when it has converged."""
+
+    def should_stop(self) -> bool:
+        """Asked after each ``after_step``: True ends the training after one more validation and checkpoint."""
 
 
 class LMTrainer(Trainer):
@@ -100,6 +119,9 @@ class LMTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.method:
             self.method.after_backward(self.lm)
+            if isinstance(self.method, SecondGradient) and self.method.second_gradient(self.lm):
+                super().training_step(model, inputs, *args, **kwargs)
+                self.method.after_backward(self.lm)
         self._check_finite("training", float(loss), self.state.global_step + 1)
         return loss
 
@@ -164,3 +186,5 @@ class AfterStep(TrainerCallback):
         figures = self.method.after_step(model, state.global_step, state.max_steps)
         if figures:
             self.log(figures)
+        if isinstance(self.method, StopsTraining) and self.method.should_stop():
+            control.should_training_stop = control.should_evaluate = control.should_save = True
