@@ -322,6 +322,115 @@ def test_bfloat16_reaches_the_chunked_loss_and_leaves_the_model_alone(preset, tm
     assert found["valid_nats"] < 0.8 * math.log(27)
 
 
+class Own:
+    """A method with a tensor of its own, whose gradient is always ``slope``, and the model's first bias at another rate."""
+
+    def __init__(self, slope=1.0):
+        self.own, self.slope = torch.nn.Parameter(torch.full((3,), 2.0)), slope
+        self.gradients, self.norms, self.rates, self.sizes = [], [], [], []
+
+    def parameters(self, model):
+        return None
+
+    def extra_parameters(self, model):
+        bias = next(p for n, p in model.named_parameters() if n.endswith("bias"))
+        return [
+            {"params": [self.own], "lr": 0.5, "weight_decay": 0.0},
+            {"params": [bias], "lr": 0.0, "weight_decay": 0.25},
+        ]
+
+    def before_forward(self, model):
+        assert self.own.grad is None
+
+    def after_backward(self, model):
+        self.own.grad = torch.full((3,), self.slope)
+        squares = [float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None]
+        self.norms.append(math.sqrt(sum(squares) + 3 * self.slope**2))
+
+    def after_step(self, model, step, num_steps):
+        self.gradients.append(float(self.own.grad[0]))
+        return {}
+
+    def delivered(self, model):
+        return nullcontext()
+
+    def state_dict(self):
+        return {"own": self.own.detach()}
+
+    def load_state_dict(self, state):
+        self.own.data.copy_(state["own"])
+
+
+def run_own(folder, method, monkeypatch, **changes):
+    """(model, result, [(lr, weight_decay, num_params) of each group] after each step)."""
+    groups, step = [], torch.optim.AdamW.step
+
+    def look(self, *args, **kwargs):
+        groups.append([(g["lr"], g["weight_decay"], len(g["params"])) for g in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    student = job.model()
+    result = train_model(
+        student, *job.streams(), job.settings(**changes), folder, method=method, resume=True, show_progress=False
+    )
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return student, result, groups
+
+
+def test_extra_groups_have_their_own_rate_and_decay_and_the_schedule_scales_them(tmp_path, monkeypatch):
+    method = Own()
+    changes = {
+        "learning_rate": 0.01,
+        "warmup_fraction": 0.2,
+        "schedule": "linear",
+        "weight_decay": 0.125,
+        "max_grad_norm": 1e9,
+    }
+    model, _, groups = run_own(tmp_path, method, monkeypatch, **changes)
+    assert len(groups) == NUM_STEPS
+    shares = [min(step / 6, (30 - step) / 24) for step in range(30)]
+    for share, found in zip(shares, groups, strict=True):
+        rates, decays, counts = zip(*found, strict=True)
+        assert rates == pytest.approx((0.01 * share, 0.01 * share, 0.5 * share, 0.0))
+        assert decays == (0.125, 0.0, 0.0, 0.25)
+        assert sum(counts) == len(list(model.parameters())) + 1
+        assert counts[2:] == (1, 1)
+    # AdamW with a constant gradient moves by its rate each step, whatever the gradient
+    assert method.own[0].item() == pytest.approx(2 - 0.5 * sum(shares), abs=1e-4)
+    untouched = next(p for n, p in job.model().named_parameters() if n.endswith("bias"))
+    assert torch.equal(next(p for n, p in model.named_parameters() if n.endswith("bias")), untouched)
+
+
+@pytest.mark.parametrize("slope", [0.0, 100.0])
+def test_clipping_covers_what_only_the_method_owns(slope, tmp_path, monkeypatch):
+    method = Own(slope)
+    _, result, _ = run_own(tmp_path, method, monkeypatch, max_grad_norm=0.5, epochs=1)
+    assert method.gradients == pytest.approx([slope * 0.5 / norm for norm in method.norms], rel=1e-4)
+    logged = [entry["grad_norm"] for entry in result["log"] if "grad_norm" in entry]
+    assert logged == pytest.approx(method.norms, rel=1e-5)  # one log entry a step
+
+
+def test_extra_groups_resume_to_the_bit(tmp_path, monkeypatch):
+    whole, cut = Own(), Own()
+    model, _, _ = run_own(tmp_path / "whole", whole, monkeypatch)
+    step = LMTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 17:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LMTrainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_own(tmp_path / "cut", cut, monkeypatch)
+    monkeypatch.setattr(LMTrainer, "training_step", step)
+    again = Own()
+    resumed, _, _ = run_own(tmp_path / "cut", again, monkeypatch)
+    assert same_tensors(resumed.state_dict(), model.state_dict())
+    assert torch.equal(again.own, whole.own)
+
+
 @pytest.mark.parametrize(("schedule", "last"), [("linear", 0.0), ("cosine", 0.0), ("constant", 1.0)])
 def test_every_schedule_warms_up(schedule, last, tmp_path):
     _, _, found = job.run(tmp_path, schedule=schedule, warmup_fraction=0.2, learning_rate=0.01)

@@ -56,6 +56,14 @@ class TrainingMethod(Protocol):
 
 
 @runtime_checkable
+class ExtraParameters(Protocol):
+    """A method that trains tensors of its own, or some of the model's in another way, beside the default groups."""
+
+    def extra_parameters(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Optimizer groups: "params", optional "lr" (peak; the schedule scales it) and "weight_decay"; they leave other groups."""
+
+
+@runtime_checkable
 class SecondGradient(Protocol):
     """A method that may want the gradient of the same batch at other weights too (ADMM's extra-gradient)."""
 
@@ -93,13 +101,40 @@ class LMTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # training_loss is a per-batch mean
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over the method's groups, or Trainer's default."""
+        """AdamW over the method's groups (or Trainer's default: no decay on biases and norms) and its extra ones."""
+        if self.optimizer is not None:
+            return self.optimizer
         groups = self.method.parameters(self.lm) if self.method else None
-        if groups is None or self.optimizer is not None:
-            return super().create_optimizer(model)
+        if groups is None:
+            groups = self._default_groups()
+        if isinstance(self.method, ExtraParameters):
+            extra = self.method.extra_parameters(self.lm)
+            taken = {id(p) for group in extra for p in group["params"]}
+            groups = [
+                {**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups
+            ] + extra
         cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.lm)
         self.optimizer = cls(groups, **{"weight_decay": self.args.weight_decay, **options})
         return self.optimizer
+
+    def _default_groups(self) -> list[dict[str, Any]]:
+        decayed = set(self.get_decay_parameter_names(self.lm))
+        named = [(n in decayed, p) for n, p in self.lm.named_parameters() if p.requires_grad]
+        return [
+            {"params": [p for decay, p in named if decay], "weight_decay": self.args.weight_decay},
+            {"params": [p for decay, p in named if not decay], "weight_decay": 0.0},
+        ]
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """All parameters the optimizer steps: the model's in its own order, then those that only the method owns."""
+        assert self.optimizer is not None
+        stepped = {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
+        own = [stepped.pop(id(p)) for p in self.lm.parameters() if id(p) in stepped]
+        return own + list(stepped.values())
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """Clip the norm over everything the optimizer steps; returns the norm before."""
+        return nn.utils.clip_grad_norm_(self.trained_parameters(), self.args.max_grad_norm)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Autocast for the forward pass."""
@@ -114,6 +149,8 @@ class LMTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward with the method's hooks around it; stops on a loss that is not finite."""
+        for parameter in self.trained_parameters():
+            parameter.grad = None  # Trainer clears the model's own ones only
         if self.method:
             self.method.before_forward(self.lm)
         loss = super().training_step(model, inputs, *args, **kwargs)
