@@ -48,7 +48,7 @@ def test_levels(spec, levels):
 
 def test_float_has_no_levels_and_no_scales():
     spec = QuantSpec(16)
-    assert (spec.grid, spec.is_quantized, spec.num_scales(9)) == ("float", False, 0)
+    assert (spec.grid, spec.is_quantized, spec.num_scales(9, 4)) == ("float", False, 0)
     with pytest.raises(SpecError, match="no levels"):
         _ = spec.levels
 
@@ -124,8 +124,8 @@ def test_parse_refuses(text, message):
 
 
 def test_bad_granularity_and_parse_specs():
-    with pytest.raises(SpecError, match="granularity is 'group'"):
-        QuantSpec(2, granularity="group")  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="granularity is 'column'"):
+        QuantSpec(2, granularity="column")  # type: ignore[arg-type]
     assert parse_specs(["2", 1, "2-half-step-row"]) == (QuantSpec(2), QuantSpec(1))
 
 

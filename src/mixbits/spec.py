@@ -1,19 +1,10 @@
 """What one weight matrix is stored as, and exactly how many bytes that takes.
 
 A *unit* is one weight matrix seen as ``(rows = outputs, cols = inputs)`` together with every parameter
-tied to it. A :class:`QuantSpec` says how a unit is stored, a :class:`BitAllocation` names one spec per
+tied to it. A :class:`QuantSpec` (:mod:`mixbits.quantspec`) says how a unit is stored, a :class:`BitAllocation` names one spec per
 unit, and a :class:`ModelInventory` lists all tensors of a model, so that the size of the packed weight file is
 known to the byte before anything is packed (:func:`predicted_bytes`; `packing` writes the very header
 computed here).
-
-Grids (levels are in units of the scale alpha):
-
-* ``papers`` (Xu et al., ICASSP 2021): 1 bit {-1, +1}; 1.58 bit {-1, 0, 1}, which is what the papers call
-  2 bit; 3 bit {-3..3}; 4 bit {-7..7}; 8 bit {-127..127}.
-* ``half-step``: 2, 3, 4 bit {+-1/2, +-3/2, ...}, all 2^n codes used.
-* ``float``: 16 bit, the unit is stored as float16.
-
-Limits: one scale per output row or per tensor, stored as float16.
 """
 
 from __future__ import annotations
@@ -22,113 +13,44 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from mixbits.errors import FormatError, SpecError
+from mixbits.quantspec import NUM_CENTROIDS, Granularity, Grid, QuantSpec, default_grid
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = [
+    "FILE_METADATA",
+    "FORMAT_VERSION",
+    "HEADER_MULTIPLE",
+    "NUM_CENTROIDS",
+    "BitAllocation",
+    "Granularity",
+    "Grid",
+    "ModelInventory",
+    "QuantSpec",
+    "QuantizedWeight",
+    "StoredTensor",
+    "Unit",
+    "bits_per_weight",
+    "compression_ratio",
+    "default_grid",
+    "is_position_table",
+    "parse_specs",
+    "predicted_bytes",
+    "safetensors_header",
+    "stored_tensors",
+    "unit_tensors",
+]
 
 FORMAT_VERSION = 1
 HEADER_MULTIPLE = 64
 """The safetensors header (8-byte length included) is padded with spaces to a multiple of this."""
 FILE_METADATA: Mapping[str, str] = {"format": "mixbits", "format_version": str(FORMAT_VERSION)}
 
-Grid = Literal["papers", "half-step", "float"]
-Granularity = Literal["row", "tensor"]
-_WIDTHS: Mapping[str, tuple[float, ...]] = {
-    "papers": (1, 1.58, 3, 4, 8),
-    "half-step": (2, 3, 4),
-    "float": (16,),
-}
 _DTYPE_BYTES = {"U8": 1, "F16": 2}
-
-
-def default_grid(bit_width: float) -> Grid:
-    """The grid a bare bit-width means: half-step at 2 bits, float at 16, the papers' otherwise."""
-    if bit_width == 16:
-        return "float"
-    return "half-step" if bit_width == 2 else "papers"
-
-
-@dataclass(frozen=True, order=True)
-class QuantSpec:
-    """How one unit is stored. ``QuantSpec(2)`` is the 2-bit half-step grid with one scale per output row."""
-
-    bit_width: float
-    grid: Grid = ""  # type: ignore[assignment]
-    granularity: Granularity = "row"
-
-    def __post_init__(self) -> None:
-        if not self.grid:
-            object.__setattr__(self, "grid", default_grid(self.bit_width))
-        if self.grid not in _WIDTHS:
-            raise SpecError(f"unknown grid {self.grid!r}; expected one of {', '.join(_WIDTHS)}")
-        if self.bit_width not in _WIDTHS[self.grid]:
-            widths = ", ".join(f"{w:g}" for w in _WIDTHS[self.grid])
-            hint = (
-                " (the papers' 2-bit table is ternary: use 1.58)"
-                if (self.bit_width, self.grid) == (2, "papers")
-                else ""
-            )
-            raise SpecError(f"bit width {self.bit_width!r} does not exist on grid {self.grid!r}; it has {widths}{hint}")
-        if self.granularity not in ("row", "tensor"):
-            raise SpecError(
-                f"granularity is {self.granularity!r}; expected 'row' (one scale per output row) or 'tensor'"
-            )
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """Grid levels in ascending order, in units of the scale; a stored code is an index into them."""
-        if self.grid == "float":
-            raise SpecError("a 16-bit float unit has no levels; it is stored as float16")
-        if self.grid == "half-step":
-            half = 2 ** (int(self.bit_width) - 1)
-            return tuple(k + 0.5 for k in range(-half, half))
-        if self.bit_width == 1:
-            return (-1.0, 1.0)
-        top = 1 if self.bit_width == 1.58 else 2 ** (int(self.bit_width) - 1) - 1
-        return tuple(float(k) for k in range(-top, top + 1))
-
-    @property
-    def is_quantized(self) -> bool:
-        """False for 16-bit float storage."""
-        return self.grid != "float"
-
-    def num_scales(self, rows: int) -> int:
-        """Number of float16 scales for a unit with that many output rows."""
-        if not self.is_quantized:
-            return 0
-        return rows if self.granularity == "row" else 1
-
-    def code_bytes(self, num_weights: int) -> int:
-        """Bytes of the codes: dense bits, ternary five codes a byte, float16 two bytes a weight."""
-        if self.bit_width == 1.58:
-            return -(-num_weights // 5)
-        return -(-num_weights * int(self.bit_width) // 8)
-
-    def unit_bytes(self, rows: int, cols: int) -> int:
-        """Bytes of codes and scales of a unit of shape (rows, cols), file header aside."""
-        return self.code_bytes(rows * cols) + 2 * self.num_scales(rows)
-
-    def __str__(self) -> str:
-        return f"{self.bit_width:g}-{self.grid}-{self.granularity}"
-
-    @classmethod
-    def parse(cls, text: str | float) -> QuantSpec:
-        """Read ``"2"``, ``"1.58"``, ``"2-half-step"`` or ``"2-half-step-row"``. Raises SpecError."""
-        parts = str(text).split("-", 1)
-        granularity: Granularity = "row"
-        rest = parts[1] if len(parts) == 2 else ""
-        for name in ("row", "tensor"):
-            if rest == name or rest.endswith("-" + name):
-                granularity, rest = cast(Granularity, name), rest[: -len(name)].rstrip("-")
-        try:
-            width = float(parts[0])
-        except ValueError:
-            raise SpecError(f"cannot read {text!r} as a spec; expected e.g. '2', '1.58' or '2-half-step-row'") from None
-        whole = math.isfinite(width) and width == int(width)
-        return cls(int(width) if whole else width, cast(Grid, rest), granularity)
 
 
 @dataclass(frozen=True)
@@ -150,6 +72,16 @@ class Unit:
     def num_weights(self) -> int:
         """Number of weights, ties once."""
         return self.rows * self.cols
+
+    @property
+    def is_position_table(self) -> bool:
+        """True for a table of learned positions, told by its name as everywhere (:func:`is_position_table`)."""
+        return self.kind == "embedding" and is_position_table(self.name)
+
+
+def is_position_table(name: str) -> bool:
+    """Whether an embedding of that module name holds learned positions (``embed_positions``, GPT-2's ``wpe``)."""
+    return "position" in name or name.endswith("wpe")
 
 
 @dataclass(frozen=True)
@@ -199,8 +131,13 @@ class BitAllocation:
 
     @classmethod
     def uniform(cls, inventory: ModelInventory, spec: QuantSpec) -> BitAllocation:
-        """The same spec for every unit."""
-        return cls({u.name: spec for u in inventory.units}, {"method": f"uniform {spec}"})
+        """The same spec for every unit, but 4 bits a position at least.
+
+        Tables of learned positions are tiny and the papers keep them in full precision: below 4 bits they get ``4``.
+        """
+        positions = QuantSpec(4) if spec.bit_width < 4 else spec
+        specs = {u.name: positions if u.is_position_table else spec for u in inventory.units}
+        return cls(specs, {"method": f"uniform {spec}"})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a JSON file."""
@@ -235,13 +172,23 @@ class BitAllocation:
 class QuantizedWeight:
     """A unit's trained weight: what training hands to packing.
 
-    ``codes``: uint8 tensor (rows, cols), indices into ``spec.levels``; ``scales``: float32 tensor (num_scales,) whose values
-    are exactly representable in float16. The weight is ``levels[codes] * scale``, computed in float32.
+    ``codes``: uint8 tensor (rows, cols), indices into ``spec.levels``; ``scales``: float32 tensor (num_scales,), row by row,
+    whose values are exactly representable as they are stored. The weight is ``levels[codes] * scale``, computed in float32.
+
+    Product units: ``codes`` (rows, ceil(cols / v)) are indices into ``codebook`` (256, v), float32 of float16 values, and
+    ``cols`` says how many of the columns are meant.
     """
 
     spec: QuantSpec
     codes: torch.Tensor
     scales: torch.Tensor
+    codebook: torch.Tensor | None = None
+    cols: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of the weight."""
+        return self.codes.shape[0], self.codes.shape[1] if self.cols is None else self.cols
 
 
 @dataclass(frozen=True)
@@ -258,25 +205,33 @@ class StoredTensor:
         return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
 
 
+def unit_tensors(unit: Unit, spec: QuantSpec) -> tuple[StoredTensor, ...]:
+    """The tensors of one unit, in file order: ``.scales``, ``.codebook`` (F16), ``.scale_codes``, codes (U8).
+
+    A 16-bit unit is its weight in the module's own orientation.
+    """
+    if not spec.is_quantized:
+        shape = (unit.cols, unit.rows) if unit.kind == "conv1d" else (unit.rows, unit.cols)
+        return (StoredTensor(unit.weight, "F16", shape),)
+    found = [StoredTensor(f"{unit.name}.scales", "F16", (spec.num_float_scales(unit.rows, unit.cols),))]
+    if spec.is_product:
+        found.append(StoredTensor(f"{unit.name}.codebook", "F16", (NUM_CENTROIDS, spec.vector_size)))
+    if spec.scale_bits == 8:
+        found.append(StoredTensor(f"{unit.name}.scale_codes", "U8", (spec.num_scales(unit.rows, unit.cols),)))
+    num_bytes = spec.code_bytes(spec.num_codes(unit.rows, unit.cols))
+    return (*found, StoredTensor(unit.weight, "U8", (num_bytes,)))
+
+
 def stored_tensors(inventory: ModelInventory, allocation: BitAllocation) -> tuple[StoredTensor, ...]:
-    """The tensors of the packed file, in file order: float16 first (so that they stay aligned), then codes.
+    """The tensors of the packed file, in file order: float16 first (so that they stay aligned), then bytes.
 
     Codes stand under the layer's own ``.weight`` name as flat bytes, so that loading without mixbits raises instead of
-    returning random weights; scales stand under ``<module>.scales``.
+    returning random weights; see :func:`unit_tensors` for the other names.
     """
     allocation.check(inventory)
-    floats: list[StoredTensor] = []
-    codes: list[StoredTensor] = []
-    for unit in inventory.units:
-        spec = allocation.specs[unit.name]
-        if not spec.is_quantized:
-            shape = (unit.cols, unit.rows) if unit.kind == "conv1d" else (unit.rows, unit.cols)
-            floats.append(StoredTensor(unit.weight, "F16", shape))
-            continue
-        floats.append(StoredTensor(f"{unit.name}.scales", "F16", (spec.num_scales(unit.rows),)))
-        codes.append(StoredTensor(unit.weight, "U8", (spec.code_bytes(unit.num_weights),)))
-    floats += [StoredTensor(name, "F16", shape) for name, shape in inventory.others]
-    return tuple(floats + codes)
+    tensors = [t for u in inventory.units for t in unit_tensors(u, allocation.specs[u.name])]
+    others = [StoredTensor(name, "F16", shape) for name, shape in inventory.others]
+    return (*[t for t in tensors if t.dtype == "F16"], *others, *[t for t in tensors if t.dtype == "U8"])
 
 
 def safetensors_header(tensors: Sequence[StoredTensor], metadata: Mapping[str, str] = FILE_METADATA) -> bytes:

@@ -9,6 +9,7 @@ from mixbits.errors import DataError, SpecError
 from mixbits.quant.grid import (
     best_scale,
     dequantize,
+    expand_scale,
     fake_quantize,
     nearest_levels,
     perturbation,
@@ -53,21 +54,18 @@ def exact_ternary_error(row):
     return float((row**2).sum() - (sums**2 / np.arange(1, len(a) + 1)).max())
 
 
-EXTREME = pytest.param(
-    "extreme",
-    marks=pytest.mark.xfail(reason="known limit: kurtosis in the hundreds needs a larger starting scale", strict=True),
-)
-
-
-@pytest.mark.parametrize("tails", ["normal", "laplace", EXTREME])
-def test_ternary_reaches_the_exact_solution(tails):
+@pytest.mark.parametrize("tails", ["normal", "laplace", "extreme"])
+@pytest.mark.parametrize("granularity", ["row", "tensor", "group"])
+def test_ternary_reaches_the_exact_solution(tails, granularity):
     w = weights(40, 100, seed=1, tails=tails)
-    exact = np.array([exact_ternary_error(r) for r in w.double().numpy()])
-    found = row_errors(w, QuantSpec(1.58)).numpy()
-    assert np.all(found >= exact * (1 - 1e-5))
-    # A local search: at most 2 % above the optimum in a row, and 0.3 % on average.
-    assert np.all(found <= exact * 1.02)
-    assert found.sum() <= exact.sum() * 1.003
+    spec = QuantSpec(1.58, granularity=granularity, group_size=32 if granularity == "group" else None)
+    groups = {"row": [w], "tensor": [w.reshape(1, -1)], "group": w.split(32, 1)}[granularity]
+    exact = np.array([exact_ternary_error(r) for part in groups for r in part.double().numpy()])
+    levels, scale = project(w, spec)
+    error = (w - expand_scale(scale, 100, spec) * levels).double().square()
+    parts = {"row": [error], "tensor": [error.reshape(1, -1)], "group": error.split(32, 1)}[granularity]
+    found = np.concatenate([part.sum(1).numpy() for part in parts])
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(2), QuantSpec(3), QuantSpec(4), QuantSpec(3, "half-step")], ids=str)
@@ -127,7 +125,7 @@ def test_scales_are_float16_and_codes_index_levels(spec, shape):
     assert q.codes.dtype == torch.uint8
     assert q.codes.shape == shape
     assert int(q.codes.max()) < len(spec.levels)
-    assert q.scales.shape == (spec.num_scales(shape[0]),)
+    assert q.scales.shape == (spec.num_scales(*shape),)
     assert torch.equal(q.scales.half().float(), q.scales)
     table = torch.tensor(spec.levels)
     assert torch.equal(table[q.codes.long()] * q.scales[:, None], dequantize(q))

@@ -196,8 +196,8 @@ def _check_quantized(unit: Unit, spec: QuantSpec, quantized: QuantizedWeight) ->
         )
     if codes.numel() and int(codes.max()) >= len(spec.levels):
         raise SpecError(f"{unit.name}: code {int(codes.max())} is out of range; {spec} has {len(spec.levels)} levels")
-    if scales.numel() != spec.num_scales(unit.rows):
-        raise SpecError(f"{unit.name}: {scales.numel()} scales; {spec} needs {spec.num_scales(unit.rows)}")
+    if scales.numel() != spec.num_scales(unit.rows, unit.cols):
+        raise SpecError(f"{unit.name}: {scales.numel()} scales; {spec} needs {spec.num_scales(unit.rows, unit.cols)}")
     if not bool(torch.isfinite(scales).all()):
         raise SpecError(f"{unit.name}: a scale is NaN or infinite; quantize it again")
     if not torch.equal(scales.to(torch.float16).to(scales.dtype), scales):

@@ -57,7 +57,9 @@ class PackedUnit(nn.Module):
         if owner is None:
             codes = torch.empty(spec.code_bytes(rows * cols), dtype=torch.uint8, device=device)
             self.register_buffer("weight", codes)
-            self.register_buffer("scales", torch.empty(spec.num_scales(rows), dtype=torch.float16, device=device))
+            self.register_buffer(
+                "scales", torch.empty(spec.num_float_scales(rows, cols), dtype=torch.float16, device=device)
+            )
         elif (owner.spec, owner.rows, owner.cols) != (spec, rows, cols):
             raise SpecError(
                 f"tied layers differ: ({rows}, {cols}) {spec} and ({owner.rows}, {owner.cols}) {owner.spec}"

@@ -91,7 +91,7 @@ def check_tensors(weight_file: WeightFile, packed: PackedUnits) -> None:
             codes.add(unit.weight)
             num_bytes = spec.code_bytes(unit.num_weights)
             _expect(weight_file, stored, unit.weight, "U8", (num_bytes,), f"codes of spec {spec}")
-            scales = (spec.num_scales(unit.rows),)
+            scales = (spec.num_scales(unit.rows, unit.cols),)
             _expect(weight_file, stored, f"{unit.name}.scales", "F16", scales, f"scales of spec {spec}")
         else:
             shape = (unit.cols, unit.rows) if unit.kind == "conv1d" else (unit.rows, unit.cols)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from mixbits.errors import SpecError
-from mixbits.quant.grid import alternate
+from mixbits.quant.grid import alternate, expand_scale
 from mixbits.quant.method import copy_into, quantize_units, starting_scale, stored_weights, trained_units
 from mixbits.spec import BitAllocation, ModelInventory, QuantizedWeight
 
@@ -59,7 +59,7 @@ class Admm:
     def _project(weight: torch.Tensor, scale: torch.Tensor, spec: Any) -> torch.Tensor:
         levels, best = alternate(weight, scale, spec, max_iterations=_MAX_INNER_ITERATIONS)
         scale.copy_(best)
-        return levels.mul_(best)
+        return levels.mul_(expand_scale(best, levels.shape[1], spec))
 
     def parameters(self, model: nn.Module) -> None:
         """All of the model's parameters."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixbits.quant.grid import codes_of, storable_scale
+from mixbits.quant.grid import codes_of, compact_scale, expand_scale, group_sum, storable_scale
 from mixbits.quant.method import copy_into, stored_weights, trained_units
 from mixbits.spec import BitAllocation, ModelInventory, QuantizedWeight
 
@@ -40,7 +40,9 @@ class Refine:
         for unit in self.units:
             table = torch.tensor(unit.spec.levels, dtype=torch.float32)
             self.levels[unit.name] = table[weights[unit.name].codes.long()]
-            self.scales[unit.name] = nn.Parameter(weights[unit.name].scales.float().reshape(-1, 1).clone())
+            self.scales[unit.name] = nn.Parameter(
+                compact_scale(weights[unit.name].scales.float(), unit.spec, unit.matrix.shape[1]).clone()
+            )
         self.before_forward(model)
 
     def parameters(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -53,7 +55,8 @@ class Refine:
     def before_forward(self, model: nn.Module) -> None:
         """Write scale * levels into the weights."""
         for unit in self.units:
-            unit.put(self.levels[unit.name] * self.scales[unit.name])
+            levels = self.levels[unit.name]
+            unit.put(levels * expand_scale(self.scales[unit.name], levels.shape[1], unit.spec))
 
     @torch.no_grad()
     def after_backward(self, model: nn.Module) -> None:
@@ -62,9 +65,7 @@ class Refine:
             gradient = unit.gradient()
             if gradient is None:
                 continue
-            product = gradient * self.levels[unit.name]
-            scale = self.scales[unit.name]
-            scale.grad = product.sum(1, keepdim=True) if unit.spec.granularity == "row" else product.sum().reshape(1, 1)
+            self.scales[unit.name].grad = group_sum(gradient * self.levels[unit.name], unit.spec)
             unit.parameter.grad = None
 
     @torch.no_grad()
@@ -85,7 +86,7 @@ class Refine:
             u.name: QuantizedWeight(
                 u.spec,
                 codes_of(self.levels[u.name], u.spec),
-                storable_scale(self.scales[u.name].detach()).flatten().clone(),
+                storable_scale(self.scales[u.name].detach(), u.spec).flatten().clone(),
             )
             for u in self.units
         }
