@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from mixbits.errors import SpecError
 from mixbits.quant.grid import best_scale, dequantize, nearest_levels
 from mixbits.quant.qat import StraightThrough
 from mixbits.quant.units import find_units, unit_parameters
+from mixbits.scales import expand_scale, storable_scale
+from mixbits.spec import BitAllocation, QuantSpec
 
 
 def method_for(model, mixed, **kwargs):
@@ -143,3 +146,77 @@ def test_a_row_of_zeros_is_no_trouble(opt, mixed, ids, loss_of):
     assert bool(torch.isfinite(loss))
     assert all(bool(torch.isfinite(p.grad).all()) for p in opt.parameters())
     assert float(method.scales[method.units[0].name][0]) == 0
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor", "group"])
+def test_learned_scales_have_the_gradient_of_the_quantizer_written_out_for_autograd(granularity):
+    """LSQ as one differentiable formula: s * (V + [w/s - V] inside the grid with the value of zero)."""
+    torch.manual_seed(0)
+    for text in ("1", "1.58", "2", "3", "4"):
+        spec = QuantSpec.parse(text + {"row": "", "tensor": "-tensor", "group": "-g4"}[granularity])
+        net = torch.nn.Sequential(torch.nn.Linear(10, 6, bias=False))
+        method = StraightThrough(net, find_units(net), BitAllocation({"0": spec}), scales="learned")
+        method.log_scales["0"].data.sub_(0.3)  # so that some weights lie beyond the ends
+        x, target = torch.randn(7, 10), torch.randn(7, 6)
+        method.before_forward(net)
+        (net(x) - target).square().sum().backward()
+        method.after_backward(net)
+
+        weight = net[0].weight.detach().clone().requires_grad_()
+        log_scale = method.log_scales["0"].detach().clone().requires_grad_()
+        scale = expand_scale(log_scale.exp(), 10, spec)
+        levels = nearest_levels(weight.detach(), log_scale.detach().exp(), spec)
+        top, step = spec.levels[-1], spec.levels[1] - spec.levels[0]
+        end = top + step / 2 if spec.bit_width <= 2 else top
+        ratio = weight / scale
+        inside = (ratio.abs() <= end).float()
+        assert 0 < float(inside.mean()) < 1
+        projected = scale * (levels + (ratio - ratio.detach()) * inside)
+        (x @ projected.T - target).square().sum().backward()
+        torch.testing.assert_close(net[0].weight.grad, weight.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(method.log_scales["0"].grad, log_scale.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_learned_scales_are_trained_and_delivered(opt, mixed, ids, loss_of):
+    inventory = find_units(opt)
+    method = StraightThrough(opt, inventory, mixed(inventory), scales="learned", scale_learning_rate=0.5)
+    (group,) = method.extra_parameters(opt)
+    assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.5, 0.0, len(method.units))
+    optimizer = torch.optim.SGD([{k: v for k, v in group.items() if k != "weight_decay"}], lr=0.1)
+    before = {name: scale.clone() for name, scale in method.scales.items()}
+    method.before_forward(opt)
+    first = loss_of(opt, ids)
+    first.backward()
+    method.after_backward(opt)
+    optimizer.step()
+    method.after_step(opt, 1, 10)
+    assert any(not torch.equal(before[name], scale) for name, scale in method.scales.items())
+    assert all(p.grad is None for p in method.log_scales.values())
+    method.before_forward(opt)
+    assert float(loss_of(opt, ids).detach()) < float(first.detach())  # the weights themselves were not touched
+    method.after_backward(opt)
+    weights = method.quantized()
+    for unit in method.units:
+        stored = storable_scale(method.log_scales[unit.name].detach().exp(), unit.spec)
+        assert torch.equal(weights[unit.name].scales, stored.flatten())
+    other = StraightThrough(opt, inventory, mixed(inventory), scales="learned")
+    other.load_state_dict(copy.deepcopy(method.state_dict()))
+    assert all(torch.equal(other.quantized()[n].codes, w.codes) for n, w in weights.items())
+
+
+def test_fixed_scales_stay(opt, mixed):
+    inventory = find_units(opt)
+    method = StraightThrough(opt, inventory, mixed(inventory), scales="fixed")
+    before = {name: scale.clone() for name, scale in method.scales.items()}
+    with torch.no_grad():
+        for unit in method.units:
+            unit.parameter.mul_(1.7)
+    method.before_forward(opt)
+    method.after_backward(opt)
+    assert all(torch.equal(before[name], scale) for name, scale in method.scales.items())
+    assert method.extra_parameters(opt) == []
+
+
+def test_an_unknown_rule_is_refused(opt, mixed):
+    with pytest.raises(SpecError, match="expected 'follow', 'fixed' or 'learned'"):
+        StraightThrough(opt, find_units(opt), mixed(find_units(opt)), scales="lsq")

@@ -1,54 +1,136 @@
 """Straight-through training: the forward pass sees quantized weights, the gradient goes to the full-precision ones.
 
-Before each forward pass every unit's weight is replaced by its projection; after the backward pass the full-precision weight is
-put back and receives the gradient unchanged (Bengio et al., 2013). The scale follows the weights: one alternating step
-(nearest codes, least-squares scale) from the last scale each time, which costs a few passes over the weights.
+Before each forward pass every unit's weight is replaced by its projection ``scale * V``; after the backward pass the
+full-precision weight W is put back and receives the gradient G of the projected one (Bengio et al., 2013). What differs is
+where the scale comes from:
+
+* ``follow``: one alternating step (nearest codes, least-squares scale) from the last scale each time;
+* ``fixed``: the best scale of the weights that training started from;
+* ``learned``: LSQ (Esser et al., 2020): the scale is a parameter with gradient ``sum G * (V - W/scale)`` inside the grid and
+  ``sum G * V`` beyond its ends, over the weights that share it. It is trained as a logarithm, so that a step of the
+  optimizer is a relative change, whatever the unit's magnitude.
+
+Beyond the ends of the grid a weight can no longer change its code soon, and ``learned`` cuts its gradient there. At two bits
+and below the ends are stretched by half a step (ParetoQ, Liu et al., 2025), which leaves the outermost cells as wide as the
+others: the half-step and ternary grids with nearest codes are ParetoQ's stretched grids, up to this rule.
+
+Limits: a product grid (`mixbits.quant.product`) follows the weights, whatever is asked for.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from mixbits.quant.grid import best_scale, nearest_levels
-from mixbits.quant.method import copy_into, quantize_units, starting_scale, stored_weights, trained_units
-from mixbits.spec import BitAllocation, ModelInventory, QuantizedWeight
+from mixbits.errors import SpecError
+from mixbits.quant.grid import best_scale, group_sum, nearest_levels
+from mixbits.quant.method import (
+    TrainedUnit,
+    copy_into,
+    quantize_units,
+    starting_scale,
+    stored_weights,
+    trained_units,
+)
+from mixbits.scales import expand_scale
+from mixbits.spec import BitAllocation, ModelInventory, QuantizedWeight, QuantSpec
+
+ScaleRule = Literal["follow", "fixed", "learned"]
+_STRETCHED_UP_TO_BITS = 2
+_SMALLEST_LOG_SCALE = -18.0
 
 
 class StraightThrough:
-    """Method object for straight-through training of ``model``'s units under ``allocation``."""
+    """Method object for straight-through training of ``model``'s units under ``allocation``.
 
-    def __init__(self, model: nn.Module, inventory: ModelInventory, allocation: BitAllocation) -> None:
+    ``scales``: where scales come from (see above); ``scale_learning_rate``: of the logarithms of learned scales, None is the
+    trainer's own. Raises SpecError for an unknown rule.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inventory: ModelInventory,
+        allocation: BitAllocation,
+        *,
+        scales: ScaleRule = "follow",
+        scale_learning_rate: float | None = None,
+    ) -> None:
+        if scales not in ("follow", "fixed", "learned"):
+            raise SpecError(f"scales is {scales!r}; expected 'follow', 'fixed' or 'learned'")
+        self.rule, self.scale_learning_rate = scales, scale_learning_rate
         self.units = trained_units(model, inventory, allocation)
         self.scales = {unit.name: starting_scale(unit) for unit in self.units}
+        self.log_scales: dict[str, nn.Parameter] = {}
+        if scales == "learned":
+            self.log_scales = {name: nn.Parameter(_log(scale)) for name, scale in self.scales.items()}
         self._kept: dict[str, torch.Tensor] = {}
+        self._levels: dict[str, torch.Tensor] = {}
 
     def parameters(self, model: nn.Module) -> None:
         """All of the model's parameters."""
         return None
 
+    def extra_parameters(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The logarithms of learned scales; no weight decay."""
+        if not self.log_scales:
+            return []
+        group: dict[str, Any] = {"params": list(self.log_scales.values()), "weight_decay": 0.0}
+        return [group if self.scale_learning_rate is None else group | {"lr": self.scale_learning_rate}]
+
     @torch.no_grad()
     def before_forward(self, model: nn.Module) -> None:
         """Show the forward pass the projected weights. What an interrupted step left is put back first."""
-        self.after_backward(model)
+        self._put_back()
         for unit in self.units:
             weight, scale = unit.matrix, self.scales[unit.name]
+            if self.rule == "learned":
+                scale.copy_(self.log_scales[unit.name].exp())
             levels = nearest_levels(weight, scale, unit.spec)
-            scale.copy_(best_scale(weight, levels, unit.spec))
+            if self.rule == "follow":
+                scale.copy_(best_scale(weight, levels, unit.spec))
             self._kept[unit.name] = unit.parameter.data
-            unit.put(levels.mul_(scale))
+            wide = expand_scale(scale, weight.shape[1], unit.spec)
+            if self.rule == "learned":
+                self._levels[unit.name] = levels
+                unit.put(levels * wide)
+            else:
+                unit.put(levels.mul_(wide))
 
+    @torch.no_grad()
     def after_backward(self, model: nn.Module) -> None:
         """Put the full-precision weights back; their gradient is the projected weights' one."""
+        self._put_back()
+        for unit in self.units:
+            gradient, levels = unit.gradient(), self._levels.pop(unit.name, None)
+            if levels is not None and gradient is not None:
+                self._scale_gradient(unit, gradient, levels)
+
+    def _scale_gradient(self, unit: TrainedUnit, gradient: torch.Tensor, levels: torch.Tensor) -> None:
+        """LSQ's gradient of the scale's logarithm; cuts ``gradient`` (of the weight) beyond the ends of the grid, in place."""
+        scale = self.scales[unit.name]
+        ratio = unit.matrix / expand_scale(scale, levels.shape[1], unit.spec)
+        inside = ratio.abs() <= _end(unit.spec)
+        share = group_sum(gradient * (levels - ratio.mul_(inside)), unit.spec).mul_(scale)
+        log_scale = self.log_scales[unit.name]
+        log_scale.grad = share if log_scale.grad is None else log_scale.grad.add_(share)
+        gradient.mul_(inside)
+
+    def _put_back(self) -> None:
         for unit in self.units:
             if unit.name in self._kept:
                 unit.parameter.data = self._kept.pop(unit.name)
 
+    @torch.no_grad()
     def after_step(self, model: nn.Module, step: int, num_steps: int) -> dict[str, float]:
-        """Nothing to do."""
+        """Drop the learned scales' gradients (the trainer clears those of the model only) and follow their values."""
+        for name, log_scale in self.log_scales.items():
+            log_scale.grad = None
+            log_scale.clamp_min_(_SMALLEST_LOG_SCALE)
+            self.scales[name].copy_(log_scale.exp())
         return {}
 
     def delivered(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -60,9 +142,20 @@ class StraightThrough:
         return quantize_units(self.units, self.scales)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scales."""
-        return {"scales": self.scales}
+        """The scales, and the logarithms they are learned as."""
+        return {"scales": self.scales, "log_scales": {n: p.detach() for n, p in self.log_scales.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the scales."""
+        """Restore what :meth:`state_dict` saved."""
         copy_into(self.scales, state["scales"])
+        copy_into({n: p.data for n, p in self.log_scales.items()}, state["log_scales"])
+
+
+def _log(scale: torch.Tensor) -> torch.Tensor:
+    return scale.detach().clone().log().clamp_min_(_SMALLEST_LOG_SCALE)
+
+
+def _end(spec: QuantSpec) -> float:
+    """Where the gradient of a weight is cut, in units of the scale: the outermost level, or half a step beyond it."""
+    top, step = spec.levels[-1], spec.levels[1] - spec.levels[0]
+    return top + step / 2 if spec.bit_width <= _STRETCHED_UP_TO_BITS else top
