@@ -31,8 +31,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixbits.errors import DataError, FormatError, SpecError
+from mixbits.layers import layer_kind
 from mixbits.packing.checkpoint import to_float16
-from mixbits.packing.modules import PackedUnit, layer_kind, packed_layer, set_weight_cache
+from mixbits.packing.modules import PackedUnit, packed_layer, set_weight_cache
 from mixbits.packing.verify import QUANT_METHOD, PackedUnits, read_quantization_config, read_units, verify_weight_file
 from mixbits.packing.weightfile import WEIGHTS_NAME, WeightFile, write_weight_file
 from mixbits.spec import StoredTensor, Unit
@@ -82,8 +83,7 @@ class MixbitsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for name, module in model.named_modules():
-            is_owner = isinstance(module, PackedUnit) and module.storage is module
-            if is_owner and (module.weight.dtype, module.scales.dtype) != (torch.uint8, torch.float16):
+            if isinstance(module, PackedUnit) and not module.is_intact():
                 raise SpecError(f"{name}: transformers cast the packed tensors while loading; please report this")
         model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
 

@@ -34,7 +34,9 @@ def job() -> Job:
     config = OPTConfig(vocab_size=23, num_hidden_layers=1, max_position_embeddings=12, **sizes, **special)
     model = OPTForCausalLM(config).eval()
     inventory = find_units(model)
-    specs = {u.name: QuantSpec(WIDTHS[i % len(WIDTHS)]) for i, u in enumerate(inventory.units)}
+    others = [u.name for u in inventory.units if not u.is_position_table]
+    specs = {u.name: QuantSpec(4, granularity="tensor") for u in inventory.units}
+    specs |= {name: QuantSpec(WIDTHS[i % len(WIDTHS)]) for i, name in enumerate(others)}
     matrices = unit_matrices(model, inventory)
     weights = {name: quantize_weight(matrices[name], spec) for name, spec in specs.items() if spec.is_quantized}
     return Job(model, inventory, BitAllocation(specs), weights)

@@ -38,13 +38,26 @@ def test_expected_units_of_opt(opt):
     layer = "layers.0."
     assert kinds == {
         "embed_tokens": ("embedding", 53, 16),
+        "embed_positions": ("embedding", 34, 16),
         **{f"{layer}self_attn.{p}_proj": ("linear", 16, 16) for p in ("k", "v", "q", "out")},
         layer + "fc1": ("linear", 24, 16),
         layer + "fc2": ("linear", 16, 24),
     }
-    # OPT keeps two more position rows than it can use; its position table is a subclass, so it is no unit.
+    # OPT keeps two more position rows than it can use.
     assert inventory.unused_position_weights == 2 * 16
+    assert [u.name for u in inventory.units if u.is_position_table] == ["model.decoder.embed_positions"]
+
+
+def test_a_subclass_is_no_unit_not_even_of_the_position_table(opt):
+    class Shifted(type(opt.model.decoder.embed_positions)):
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs)
+
+    opt.model.decoder.embed_positions.__class__ = Shifted
+    inventory = find_units(opt)
+    assert not any(u.is_position_table for u in inventory.units)
     assert ("model.decoder.embed_positions.weight", (34, 16)) in inventory.others
+    assert inventory.unused_position_weights == 2 * 16
 
 
 def test_conv1d_is_seen_as_outputs_by_inputs():

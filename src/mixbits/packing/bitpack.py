@@ -4,7 +4,7 @@ Dense widths (1, 2, 3, 4, 8 bits): code ``i`` of the unit, counted row by row ov
 ``[i * n, (i + 1) * n)`` of the stream; bit ``b`` of the stream is bit ``b % 8`` (least significant first) of byte ``b // 8``.
 Ternary (bit width 1.58): byte ``j`` holds codes ``5j .. 5j + 4`` as ``sum(code[5j + k] * 3**k)``, so 243 values of a byte
 are used (1.6 bits a weight). Whatever is left of the last byte is zero. Rows are not padded: a unit takes exactly
-``QuantSpec.code_bytes(num_weights)`` bytes.
+``QuantSpec.code_bytes(num_codes)`` bytes. Codes of a product unit are bytes (8 bits), one per vector of columns.
 
 Why this way: one stream a unit is the smallest fixed-width layout, and every code can be read alone
 (:func:`gather_codes`), which is all an embedding lookup needs. Limits: plain PyTorch, a few tensor passes per unit.
@@ -43,6 +43,7 @@ def _group(bit_width: float) -> tuple[int, int]:
 def pack_codes(codes: torch.Tensor, bit_width: float) -> torch.Tensor:
     """Pack ``codes`` (uint8, any shape, read row by row) into a 1-D uint8 tensor of ``QuantSpec.code_bytes`` bytes.
 
+    ``bit_width``: bits of one code, ``QuantSpec.code_bits``.
     Raises SpecError for another dtype, an unknown width, or a code that does not fit the width.
     """
     _check_width(bit_width)
@@ -108,44 +109,44 @@ def gather_codes(packed: torch.Tensor, bit_width: float, indices: torch.Tensor) 
     return ((word >> (bits & 7)) & (2**width - 1)).to(torch.uint8)
 
 
-def check_codes(packed: torch.Tensor, spec: QuantSpec, num_weights: int, *, where: str = "codes") -> None:
-    """Raise FormatError naming ``where`` unless ``packed`` is a canonical packing of ``num_weights`` codes of ``spec``.
+def check_codes(packed: torch.Tensor, spec: QuantSpec, num_codes: int, *, where: str = "codes") -> None:
+    """Raise FormatError naming ``where`` unless ``packed`` is a canonical packing of ``num_codes`` codes of ``spec``.
 
     Checked: dtype and length, every code an existing level, unused bits of the last byte zero.
     """
-    _check_width(spec.bit_width)
-    expected = _num_bytes(spec.bit_width, num_weights)
+    _check_width(spec.code_bits)
+    expected = _num_bytes(spec.code_bits, num_codes)
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != expected:
         raise FormatError(
-            f"{where}: got {packed.dtype} of shape {tuple(packed.shape)}; {num_weights} codes of spec {spec} take "
+            f"{where}: got {packed.dtype} of shape {tuple(packed.shape)}; {num_codes} codes of spec {spec} take "
             f"({expected},) of torch.uint8"
         )
-    if not num_weights:
+    if not num_codes:
         return
-    if spec.bit_width == TERNARY:
+    if spec.code_bits == TERNARY:
         largest = int(packed.max())
         if largest > 242:
             raise FormatError(f"{where}: a byte is {largest}; five ternary codes give at most 242: the file is damaged")
-    elif len(spec.levels) < 2 ** int(spec.bit_width):
-        _check_largest_code(packed, spec, num_weights, where)
-    per_group, _ = _group(spec.bit_width)
-    last = num_weights % per_group
+    elif spec.num_levels < 2 ** int(spec.code_bits):
+        _check_largest_code(packed, spec, num_codes, where)
+    per_group, _ = _group(spec.code_bits)
+    last = num_codes % per_group
     if last:
-        tail = packed[_num_bytes(spec.bit_width, num_weights - last) :].tolist()
-        used = 3**last if spec.bit_width == TERNARY else 1 << (last * int(spec.bit_width))
+        tail = packed[_num_bytes(spec.code_bits, num_codes - last) :].tolist()
+        used = 3**last if spec.code_bits == TERNARY else 1 << (last * int(spec.code_bits))
         if int.from_bytes(bytes(tail), "little") >= used:
             raise FormatError(f"{where}: unused bits after the last code are not zero: the file is damaged")
 
 
-def _check_largest_code(packed: torch.Tensor, spec: QuantSpec, num_weights: int, where: str) -> None:
+def _check_largest_code(packed: torch.Tensor, spec: QuantSpec, num_codes: int, where: str) -> None:
     chunk = 3 << 22  # a multiple of every group, so that a huge unit is not unpacked at once
     for start in range(0, packed.numel(), chunk):
         part = packed[start : start + chunk]
-        count = min(num_weights - start * 8 // int(spec.bit_width), part.numel() * 8 // int(spec.bit_width))
-        codes = expand_codes(part, spec.bit_width, count)
-        if int(codes.max()) >= len(spec.levels):
+        count = min(num_codes - start * 8 // int(spec.code_bits), part.numel() * 8 // int(spec.code_bits))
+        codes = expand_codes(part, spec.code_bits, count)
+        if int(codes.max()) >= spec.num_levels:
             raise FormatError(
-                f"{where}: code {int(codes.max())} is out of range; spec {spec} has codes 0 .. {len(spec.levels) - 1}: "
+                f"{where}: code {int(codes.max())} is out of range; spec {spec} has codes 0 .. {spec.num_levels - 1}: "
                 "the file is damaged"
             )
 
@@ -165,7 +166,7 @@ def unpack_codes(
             if packed.dtype != torch.uint8 or tuple(packed.shape) != (num_weights,):
                 raise FormatError(f"{where}: got shape {tuple(packed.shape)}; expected ({num_weights},) of torch.uint8")
             return packed.clone()
-    elif spec.bit_width != bit_width:
+    elif spec.code_bits != bit_width:
         raise SpecError(f"bit_width is {bit_width:g} but spec is {spec}; they must agree")
     check_codes(packed, spec, num_weights, where=where)
     return expand_codes(packed, bit_width, num_weights).clone()

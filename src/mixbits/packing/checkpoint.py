@@ -29,8 +29,10 @@ from mixbits.packing.bitpack import pack_codes
 from mixbits.packing.card import model_card
 from mixbits.packing.verify import QUANT_METHOD
 from mixbits.packing.weightfile import WEIGHTS_NAME, write_weight_file
+from mixbits.scales import compact_scale, join_scale, split_scale
 from mixbits.spec import (
     FORMAT_VERSION,
+    NUM_CENTROIDS,
     BitAllocation,
     ModelInventory,
     QuantizedWeight,
@@ -141,8 +143,10 @@ def packed_tensors(
             raise SpecError(f"{unit.name}: an Embedding with max_norm rescales its own rows and cannot be packed")
         quantized = weights[unit.name]
         _check_quantized(unit, spec, quantized)
-        found[unit.weight] = pack_codes(quantized.codes, spec.bit_width)
-        found[f"{unit.name}.scales"] = quantized.scales.to(torch.float16).reshape(-1)
+        found[unit.weight] = pack_codes(quantized.codes, spec.code_bits)
+        found |= _stored_scales(unit, spec, quantized)
+        if quantized.codebook is not None:
+            found[f"{unit.name}.codebook"] = quantized.codebook.to(torch.float16)
     for name, other_shape in inventory.others:
         found[name] = to_float16(_stored_parameter(state, name, other_shape), name)
     kept = {state[name].data_ptr() for name in found if name in state}
@@ -190,18 +194,50 @@ def _check_quantized(unit: Unit, spec: QuantSpec, quantized: QuantizedWeight) ->
     codes, scales = quantized.codes, quantized.scales
     if quantized.spec != spec:
         raise SpecError(f"{unit.name}: weight was quantized to {quantized.spec}, the allocation says {spec}")
-    if codes.dtype != torch.uint8 or tuple(codes.shape) != (unit.rows, unit.cols):
+    shape = (unit.rows, spec.num_codes(unit.rows, unit.cols) // unit.rows)
+    if codes.dtype != torch.uint8 or tuple(codes.shape) != shape:
         raise SpecError(
-            f"{unit.name}: codes are {codes.dtype} of shape {tuple(codes.shape)}; expected torch.uint8 ({unit.rows}, {unit.cols})"
+            f"{unit.name}: codes are {codes.dtype} of shape {tuple(codes.shape)}; expected torch.uint8 {shape}"
         )
-    if codes.numel() and int(codes.max()) >= len(spec.levels):
-        raise SpecError(f"{unit.name}: code {int(codes.max())} is out of range; {spec} has {len(spec.levels)} levels")
-    if scales.numel() != spec.num_scales(unit.rows, unit.cols):
-        raise SpecError(f"{unit.name}: {scales.numel()} scales; {spec} needs {spec.num_scales(unit.rows, unit.cols)}")
+    if codes.numel() and int(codes.max()) >= spec.num_levels:
+        raise SpecError(f"{unit.name}: code {int(codes.max())} is out of range; {spec} has {spec.num_levels} levels")
+    num_scales = spec.num_scales(unit.rows, unit.cols)
+    if scales.numel() != num_scales:
+        raise SpecError(f"{unit.name}: {scales.numel()} scales; {spec} needs {num_scales}")
     if not bool(torch.isfinite(scales).all()):
         raise SpecError(f"{unit.name}: a scale is NaN or infinite; quantize it again")
-    if not torch.equal(scales.to(torch.float16).to(scales.dtype), scales):
+    if spec.scale_bits == 16 and not torch.equal(scales.to(torch.float16).to(scales.dtype), scales):
         raise SpecError(f"{unit.name}: scales are not exactly float16 numbers; round them before choosing the codes")
+    _check_codebook(unit, spec, quantized)
+
+
+def _check_codebook(unit: Unit, spec: QuantSpec, quantized: QuantizedWeight) -> None:
+    codebook = quantized.codebook
+    if not spec.is_product:
+        if codebook is not None:
+            raise SpecError(f"{unit.name}: has a codebook, but {spec} has fixed levels")
+        return
+    shape = (NUM_CENTROIDS, spec.vector_size)
+    if codebook is None or tuple(codebook.shape) != shape or quantized.cols != unit.cols:
+        found = None if codebook is None else tuple(codebook.shape)
+        raise SpecError(
+            f"{unit.name}: codebook {found} for {quantized.cols} columns; {spec} needs {shape} for {unit.cols}"
+        )
+    if not bool(torch.isfinite(codebook).all()) or not torch.equal(codebook.half().to(codebook.dtype), codebook):
+        raise SpecError(f"{unit.name}: the codebook is not exactly float16 numbers; round it before choosing the codes")
+
+
+def _stored_scales(unit: Unit, spec: QuantSpec, quantized: QuantizedWeight) -> dict[str, torch.Tensor]:
+    """Scales as float16, or as shared float16 numbers and bytes. Raises SpecError for scales that are no such product."""
+    if spec.scale_bits == 16:
+        return {f"{unit.name}.scales": quantized.scales.to(torch.float16).reshape(-1)}
+    scale = compact_scale(quantized.scales.float(), spec, unit.cols)
+    supers, codes = split_scale(scale, spec)
+    if not torch.equal(join_scale(supers, codes), scale):
+        raise SpecError(
+            f"{unit.name}: scales are not exactly 8-bit scales of {spec}; round them before choosing the codes"
+        )
+    return {f"{unit.name}.scales": supers.reshape(-1), f"{unit.name}.scale_codes": codes.reshape(-1)}
 
 
 def _check_ties(model: nn.Module, packed: Sequence[Unit]) -> None:

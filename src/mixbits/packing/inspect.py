@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from mixbits.errors import FormatError
 from mixbits.packing.verify import PackedUnits, read_quantization_config, verify_packed
 from mixbits.packing.weightfile import WeightFile
-from mixbits.spec import Unit
+from mixbits.scales import compact_scale, join_scale
+from mixbits.spec import QuantSpec, Unit, unit_tensors
 
 
 @dataclass(frozen=True)
 class UnitInfo:
-    """One unit as stored. ``num_bytes``: codes and scales; ``bits_per_weight`` includes the scales; ``share`` of the file's bytes."""
+    """One unit as stored. ``num_bytes`` and ``bits_per_weight``: codes, scales and codebook; ``share`` of the file's bytes."""
 
     name: str
     spec: str
@@ -71,21 +73,28 @@ def _in_file_order(weight_file: WeightFile, packed: PackedUnits) -> list[Unit]:
     return sorted(packed.units, key=offset)
 
 
+def _scales(unit: Unit, spec: QuantSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    stored = tensors[f"{unit.name}.scales"].view(-1, 1)
+    if spec.scale_bits == 16:
+        return stored
+    return join_scale(stored, compact_scale(tensors[f"{unit.name}.scale_codes"], spec, unit.cols))
+
+
 def inspect_packed(directory: str | Path) -> PackedInfo:
     """Read and verify a packed model's directory. Raises FormatError or DataError as :func:`verify_packed` does."""
     weight_file, packed = verify_packed(directory)
     config, where = read_quantization_config(directory)
     stored, file_bytes = weight_file.by_name, weight_file.file_bytes
-    units, own = [], set()
+    units, own = [], set[str]()
     with weight_file.open() as reader:
         for unit in _in_file_order(weight_file, packed):
             spec = packed.specs[unit.name]
             num_bytes = spec.unit_bytes(unit.rows, unit.cols)
             low = mean = high = None
-            own.add(unit.weight)
+            tensors = {t.name: reader.tensor(stored[t.name]) for t in unit_tensors(unit, spec)}
+            own |= set(tensors)
             if spec.is_quantized:
-                own.add(f"{unit.name}.scales")
-                scales = reader.tensor(stored[f"{unit.name}.scales"]).to(torch.float64)
+                scales = _scales(unit, spec, tensors).to(torch.float64)
                 low, mean, high = float(scales.min()), float(scales.mean()), float(scales.max())
             units.append(
                 UnitInfo(

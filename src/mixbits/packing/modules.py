@@ -1,40 +1,48 @@
-"""Layers that hold packed codes and multiply with them: Linear, transformers' Conv1D, Embedding.
+"""Layers that hold packed codes and multiply with them: Linear, transformers' Conv1D, Embedding, OPT's position table.
 
-The weight is ``levels[codes] * scale`` computed in float32, then cast to the activations' dtype, so in float32 the result is
-the fake-quantized model's bit for bit. Each forward unpacks (an embedding only the rows it looks up) and forgets;
-:func:`set_weight_cache` keeps the unpacked matrices instead, four bytes a weight, for repeated scoring.
+The weight is ``levels[codes] * scale`` (of a product unit ``codebook[codes] * scale``) computed in float32, then cast to the
+activations' dtype, so in float32 the result is the fake-quantized model's bit for bit. Each forward unpacks (an embedding
+only the rows it looks up) and forgets; :func:`set_weight_cache` keeps the unpacked matrices instead, four bytes a weight,
+for repeated scoring.
 
-Why this way: codes (uint8) and scales (float16) are buffers; ``scales`` stay float16 whatever dtype the model is cast to,
-because a bfloat16 scale would change the weights. A layer tied to another one (``owner``) holds nothing of its own, so ties
-take their bytes once, survive ``.to(device)``, and need none of transformers' tying.
+Why this way: codes (uint8) and scales (float16) are buffers; ``scales`` and ``codebook`` stay float16 whatever dtype the
+model is cast to, because a bfloat16 scale would change the weights. A layer tied to another one (``owner``) holds nothing of
+its own, so ties take their bytes once, survive ``.to(device)``, and need none of transformers' tying.
 
 Limits: inference only (codes have no gradient; biases keep theirs); plain PyTorch; the unpacked matrix of one layer at a time
-is the peak of the working memory.
+(twice with group scales) is the peak of the working memory. Only the classes of :mod:`mixbits.layers` are packed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from mixbits.errors import SpecError
+from mixbits.layers import is_opt_positions, layer_kind
 from mixbits.packing.bitpack import expand_codes, gather_codes
-from mixbits.spec import QuantSpec, Unit
+from mixbits.scales import compact_scale, expand_scale, join_scale
+from mixbits.spec import QuantSpec, Unit, unit_tensors
+
+_BUFFERS = {"weight": torch.uint8, "scales": torch.float16, "scale_codes": torch.uint8, "codebook": torch.float16}
+_DTYPES = {"U8": torch.uint8, "F16": torch.float16}
 
 
 class PackedUnit(nn.Module):
     """A (rows, cols) matrix held as packed codes; base of the layers below.
 
-    Buffers ``weight`` (uint8, packed) and ``scales`` (float16), uninitialized until loaded; none of them with ``owner``, the
-    packed layer this one is tied to. ``dtype``: that of activations, followed when the model is cast.
+    Buffers as :func:`mixbits.spec.unit_tensors` names them, uninitialized until loaded: ``weight`` (uint8, packed), ``scales``
+    (float16), with 8-bit scales ``scale_codes`` (uint8), of product units ``codebook`` (float16); none of them with
+    ``owner``, the packed layer this one is tied to. ``dtype``: that of activations, followed when the model is cast.
     """
 
     weight: torch.Tensor
     scales: torch.Tensor
+    scale_codes: torch.Tensor
+    codebook: torch.Tensor
     activation_like: torch.Tensor
     _kept: torch.Tensor | None
 
@@ -55,11 +63,9 @@ class PackedUnit(nn.Module):
         self.__dict__["_owner"] = owner  # not a submodule: its tensors would be saved twice
         self._keep, self._kept = False, None
         if owner is None:
-            codes = torch.empty(spec.code_bytes(rows * cols), dtype=torch.uint8, device=device)
-            self.register_buffer("weight", codes)
-            self.register_buffer(
-                "scales", torch.empty(spec.num_float_scales(rows, cols), dtype=torch.float16, device=device)
-            )
+            for tensor in unit_tensors(Unit("", ".weight", rows, cols, "linear"), spec):
+                empty = torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=device)
+                self.register_buffer(tensor.name.removeprefix("."), empty)
         elif (owner.spec, owner.rows, owner.cols) != (spec, rows, cols):
             raise SpecError(
                 f"tied layers differ: ({rows}, {cols}) {spec} and ({owner.rows}, {owner.cols}) {owner.spec}"
@@ -78,21 +84,27 @@ class PackedUnit(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedUnit:
         self._kept = None
-        scales = self._buffers.get("scales")
-        if scales is None:
-            return super()._apply(fn, recurse)
-        self._buffers["scales"] = scales.view(torch.int16)  # casts of a model touch floating-point tensors only
+        halves = [
+            name for name, b in self._buffers.items() if name in _BUFFERS and b is not None and b.dtype == torch.float16
+        ]
+        for name in halves:  # casts of a model touch floating-point tensors only
+            self._buffers[name] = self._buffers[name].view(torch.int16)  # type: ignore[union-attr]
         try:
             super()._apply(fn, recurse)
         finally:
-            moved = self._buffers["scales"]
-            assert moved is not None
-            if moved.dtype != torch.int16 or self.weight.dtype != torch.uint8:
-                raise SpecError(
-                    "packed codes cannot be cast with .type(); use .to(dtype), which casts activations only"
-                )
-            self._buffers["scales"] = moved.view(torch.float16)
+            for name in halves:
+                moved = self._buffers[name]
+                assert moved is not None
+                if moved.dtype == torch.int16:
+                    self._buffers[name] = moved.view(torch.float16)
+        if not self.is_intact():
+            raise SpecError("packed codes cannot be cast with .type(); use .to(dtype), which casts activations only")
         return self
+
+    def is_intact(self) -> bool:
+        """Whether codes and scales still have the dtypes they are stored in."""
+        found = {name: b for name, b in self._buffers.items() if name in _BUFFERS and b is not None}
+        return all(b.dtype == _BUFFERS[name] for name, b in found.items())
 
     def matrix(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The unpacked weight, (rows, cols) in ``dtype`` (default: the activations')."""
@@ -107,8 +119,33 @@ class PackedUnit(nn.Module):
         return self._kept
 
     def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
-        codes = expand_codes(self.weight, self.spec.bit_width, self.rows * self.cols).view(self.rows, self.cols)
-        return self._oriented(_dequantize(codes, self.scales.view(-1, 1), self.spec).to(dtype))
+        codes = expand_codes(self.weight, self.spec.code_bits, self.spec.num_codes(self.rows, self.cols))
+        return self._oriented(self._values(codes.view(self.rows, -1), self._scale()).to(dtype))
+
+    def _scale(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Compact float32 scale, (rows, 1), (rows, num_groups) or (1, 1), of all rows or of those asked for."""
+
+        def select(scale: torch.Tensor) -> torch.Tensor:
+            return scale if rows is None or len(scale) != self.rows else scale[rows]
+
+        stored = select(self.scales.view(-1, 1 if self.spec.scale_bits == 8 else self.spec.num_groups(self.cols)))
+        if self.spec.scale_bits == 16:
+            return stored.to(torch.float32)
+        return join_scale(stored, select(compact_scale(self.scale_codes, self.spec, self.cols)))
+
+    def _values(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Codes (n, codes a row) and their compact scale -> float32 (n, cols). Codebook vectors or equally spaced levels,
+        multiples of 1/2, times the scale: the only rounding is that of the product.
+        """
+        spec = self.spec
+        if spec.is_product:
+            vectors = torch.index_select(self.codebook, 0, codes.reshape(-1).int())
+            return vectors.to(torch.float32).view(len(codes), -1)[:, : self.cols] * scale
+        low, step = spec.levels[0], spec.levels[1] - spec.levels[0]
+        levels = codes.to(torch.float32)
+        if step != 1:
+            levels.mul_(step)
+        return levels.add_(low).mul_(expand_scale(scale, self.cols, spec))
 
     def _oriented(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix
@@ -121,15 +158,6 @@ class PackedUnit(nn.Module):
         """Shape and spec for ``print(model)``."""
         tied = ", tied" if self.storage is not self else ""
         return f"rows={self.rows}, cols={self.cols}, spec={self.spec}{tied}"
-
-
-def _dequantize(codes: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """``levels[codes] * scale`` in float32; levels are equally spaced multiples of 1/2, so the arithmetic is exact."""
-    low, step = spec.levels[0], spec.levels[1] - spec.levels[0]
-    levels = codes.to(torch.float32)
-    if step != 1:
-        levels.mul_(step)
-    return levels.add_(low).mul_(scale.to(torch.float32))
 
 
 class PackedLinear(PackedUnit):
@@ -193,35 +221,43 @@ class PackedEmbedding(PackedUnit):
             raise IndexError(
                 f"token id out of range: got {int(rows.min())} .. {int(rows.max())}; the table has {self.rows} rows"
             )
-        positions = rows.view(-1, 1) * self.cols + torch.arange(self.cols, device=rows.device)
-        codes = gather_codes(held.weight, self.spec.bit_width, positions)
-        scale = held.scales[rows] if held.scales.numel() == self.rows else held.scales
-        return _dequantize(codes, scale.view(-1, 1), self.spec).to(dtype).view(*ids.shape, self.cols)
+        per_row = self.spec.num_codes(1, self.cols)
+        positions = rows.view(-1, 1) * per_row + torch.arange(per_row, device=rows.device)
+        codes = gather_codes(held.weight, self.spec.code_bits, positions)
+        return held._values(codes, held._scale(rows)).to(dtype).view(*ids.shape, self.cols)
 
 
-def layer_kind(layer: nn.Module) -> Literal["linear", "conv1d", "embedding"] | None:
-    """What a plain layer is, or None for anything that cannot be packed (subclasses have ways of their own)."""
-    kinds: dict[type, Literal["linear", "conv1d", "embedding"]] = {
-        nn.Linear: "linear",
-        Conv1D: "conv1d",
-        nn.Embedding: "embedding",
-    }
-    return kinds.get(type(layer))
+class PackedOPTPositions(PackedEmbedding):
+    """OPT's learned positions: rows are shifted by two, and positions are counted from the attention mask if not given."""
+
+    offset = 2
+
+    def forward(  # type: ignore[override]
+        self, attention_mask: torch.Tensor, past_key_values_length: int = 0, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """attention_mask: (batch, length) of 0 and 1; position_ids: (batch, new) instead. Returns (batch, new, cols).
+
+        As ``OPTLearnedPositionalEmbedding.forward`` of transformers: a masked token has position -1, the row before the first.
+        """
+        if position_ids is None:
+            position_ids = (torch.cumsum(attention_mask, dim=1) * attention_mask - 1).long()
+            position_ids = position_ids[:, past_key_values_length:]
+        return super().forward(position_ids + self.offset)
 
 
 def packed_layer(unit: Unit, spec: QuantSpec, layer: nn.Module, *, owner: PackedUnit | None = None) -> PackedUnit:
     """The packed twin of ``layer``: same bias parameter, dtype and device, codes not filled in.
 
-    Raises SpecError for a layer that is not a plain Linear, Conv1D or Embedding.
+    Raises SpecError for a layer that cannot be packed (:func:`mixbits.layers.layer_kind`).
     """
-    kind = layer_kind(layer)
+    kind, old = layer_kind(layer), layer.weight
     if kind is None:
         raise SpecError(f"{unit.name}: a {type(layer).__name__} cannot be packed; expected Linear, Conv1D or Embedding")
-    old = layer.weight
     assert isinstance(old, torch.Tensor)
     common: dict[str, Any] = {"dtype": old.dtype, "device": old.device, "owner": owner}
     if kind == "embedding":
-        return PackedEmbedding(spec, unit.rows, unit.cols, padding_idx=getattr(layer, "padding_idx", None), **common)
+        table = PackedOPTPositions if is_opt_positions(layer) else PackedEmbedding
+        return table(spec, unit.rows, unit.cols, padding_idx=getattr(layer, "padding_idx", None), **common)
     packed_class = PackedConv1D if kind == "conv1d" else PackedLinear
     bias = layer.bias
     assert bias is None or isinstance(bias, nn.Parameter)

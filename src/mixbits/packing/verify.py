@@ -19,7 +19,7 @@ from mixbits.errors import FormatError, SpecError
 from mixbits.jsonfile import read_json
 from mixbits.packing.bitpack import check_codes
 from mixbits.packing.weightfile import WEIGHTS_NAME, WeightFile, read_weight_file
-from mixbits.spec import FORMAT_VERSION, QuantSpec, Unit
+from mixbits.spec import FORMAT_VERSION, QuantSpec, Unit, unit_tensors
 
 QUANT_METHOD = "mixbits"
 _KINDS = ("linear", "conv1d", "embedding")
@@ -83,21 +83,17 @@ def _read_unit(name: str, entry: Any, where: str) -> tuple[Unit, QuantSpec]:
 
 
 def check_tensors(weight_file: WeightFile, packed: PackedUnits) -> None:
-    """Raise FormatError unless every unit's tensors are there with the right dtype and shape, and no stray codes are."""
-    stored, codes = weight_file.by_name, set()
+    """Raise FormatError unless every unit's tensors are there with the right dtype and shape, and no stray bytes are."""
+    stored, promised = weight_file.by_name, set()
     for unit in packed.units:
         spec = packed.specs[unit.name]
-        if spec.is_quantized:
-            codes.add(unit.weight)
-            num_bytes = spec.code_bytes(unit.num_weights)
-            _expect(weight_file, stored, unit.weight, "U8", (num_bytes,), f"codes of spec {spec}")
-            scales = (spec.num_scales(unit.rows, unit.cols),)
-            _expect(weight_file, stored, f"{unit.name}.scales", "F16", scales, f"scales of spec {spec}")
-        else:
-            shape = (unit.cols, unit.rows) if unit.kind == "conv1d" else (unit.rows, unit.cols)
-            _expect(weight_file, stored, unit.weight, "F16", shape, "a 16-bit unit")
+        for tensor in reversed(unit_tensors(unit, spec)):
+            promised.add(tensor.name)
+            what = "codes" if tensor.name == unit.weight else tensor.name.rpartition(".")[2]
+            what = f"{what} of spec {spec}" if spec.is_quantized else "a 16-bit unit"
+            _expect(weight_file, stored, tensor.name, tensor.dtype, tensor.shape, what)
     for name, tensor in stored.items():
-        if tensor.dtype == "U8" and name not in codes:
+        if tensor.dtype == "U8" and name not in promised:
             raise FormatError(
                 f"{weight_file.path}: tensor {name!r} is U8 but no unit of quantization_config is stored under that name"
             )
@@ -114,17 +110,26 @@ def _expect(file: WeightFile, stored: dict[str, Any], name: str, dtype: str, sha
 
 
 def check_values(weight_file: WeightFile, packed: PackedUnits) -> None:
-    """Raise FormatError for NaN or infinite numbers and for codes that are no level of their grid. Reads the whole file."""
+    """Raise FormatError for NaN or infinite numbers, codes that are no level of their grid, and 8-bit scales that are none.
+
+    Reads the whole file.
+    """
     units = {u.weight: u for u in packed.units if packed.specs[u.name].is_quantized}
+    supers = {f"{u.name}.scales" for u in packed.units if packed.specs[u.name].scale_bits == 8}
     with weight_file.open() as reader:
         for stored in weight_file.tensors:
             tensor, where = reader.tensor(stored), f"{weight_file.path}: tensor {stored.name!r}"
             if stored.dtype == "F16":
                 if not bool(torch.isfinite(tensor).all()):
                     raise FormatError(f"{where}: has NaN or infinite values: the file is damaged")
-                continue
-            unit = units[stored.name]
-            check_codes(tensor, packed.specs[unit.name], unit.num_weights, where=where)
+                if stored.name in supers and bool((tensor < 0).any()):
+                    raise FormatError(f"{where}: a shared scale is negative: the file is damaged")
+            elif stored.name in units:
+                unit = units[stored.name]
+                spec = packed.specs[unit.name]
+                check_codes(tensor, spec, spec.num_codes(unit.rows, unit.cols), where=where)
+            elif bool((tensor == 0).any()):
+                raise FormatError(f"{where}: a scale code is 0; expected 1 .. 255: the file is damaged")
 
 
 def verify_weight_file(path: str | Path, quantization_config: Any, *, where: str) -> tuple[WeightFile, PackedUnits]:

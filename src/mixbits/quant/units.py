@@ -1,8 +1,7 @@
 """Finding the units of a model: every matrix that can be quantized, ties counted once, and all that is left.
 
-Units are plain ``nn.Linear``, transformers' ``Conv1D`` (its weight is stored transposed) and plain ``nn.Embedding``.
-Subclasses are left alone, because a subclass may use its weight in ways of its own (OPT's position table adds an offset);
-whatever is not a unit is listed in ``ModelInventory.others``, stored as float16 and counted, never skipped.
+Units are the layers of :mod:`mixbits.layers`; whatever is not a unit is listed in ``ModelInventory.others``, stored as
+float16 and counted, never skipped.
 """
 
 from __future__ import annotations
@@ -10,25 +9,17 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from mixbits.errors import SpecError
-from mixbits.spec import ModelInventory, Unit
+from mixbits.layers import layer_kind
+from mixbits.spec import ModelInventory, Unit, is_position_table
 
 _logger = logging.getLogger(__name__)
 _LARGE_SHARE = 0.02
-
-
-def _kind(module: nn.Module) -> Literal["linear", "conv1d", "embedding"] | None:
-    if type(module) is nn.Linear:
-        return "linear"
-    if type(module) is Conv1D:
-        return "conv1d"
-    return "embedding" if type(module) is nn.Embedding else None
 
 
 def find_units(model: nn.Module) -> ModelInventory:
@@ -39,15 +30,15 @@ def find_units(model: nn.Module) -> ModelInventory:
     """
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
-        if _kind(module) is not None:
+        if layer_kind(module) is not None:
             owners.setdefault(id(module.weight), []).append((name, module))
     units = []
     for modules in owners.values():
-        modules.sort(key=lambda pair: _kind(pair[1]) != "embedding")
+        modules.sort(key=lambda pair: layer_kind(pair[1]) != "embedding")
         name, module = modules[0]
-        kind = _kind(module)
+        kind = layer_kind(module)
         assert kind is not None
-        if {_kind(m) == "conv1d" for _, m in modules} == {True, False}:
+        if {layer_kind(m) == "conv1d" for _, m in modules} == {True, False}:
             raise SpecError(
                 f"{name}: its weight is shared with a Conv1D in the other orientation, which cannot be packed"
             )
@@ -84,8 +75,7 @@ def _unused_position_weights(model: nn.Module) -> int:
         return 0
     unused = 0
     for name, module in model.named_modules():
-        is_table = isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
-        if is_table and isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and is_position_table(name):
             unused += max(0, module.num_embeddings - limit) * module.embedding_dim
     return unused
 
