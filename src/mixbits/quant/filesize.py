@@ -1,17 +1,14 @@
 """How large the weight file gets for any choice of one spec a group of units: exact parts, and bounds of the part
 that is not additive.
 
-The file (:func:`mixbits.spec.stored_tensors`) is a header padded to a multiple, then the tensors of the units that
-stand before all other tensors (scales, float16 weights), the other tensors, and the tensors of the units that
-stand after them (codes). Data bytes and most of the header add up over units; the digits of the offsets do not,
+The file (:func:`mixbits.spec.stored_tensors`) is a header padded to a multiple, then the float16 tensors of the
+units, unit by unit (scales, codebooks, float16 weights), the other tensors, and the units' bytes, unit by unit (codes,
+8-bit scales). Data bytes and most of the header add up over units; the digits of the offsets do not,
 because they depend on all tensors before. Between the smallest and the largest choice an offset is bounded, and so
 are its digits; with one choice left a group the bounds meet. Which tensors a unit has, and how large, is asked of
-``stored_tensors``: nothing here knows a format. `predicted_bytes` stays the only authority; the tests hold this page
-to it.
+:func:`mixbits.spec.unit_tensors`. `predicted_bytes` stays the only authority; the tests hold this page to it.
 
 Shapes: U units (in file order), K groups of units that share a choice, S options, T tensors of a unit on one side.
-
-Limit: a unit's tensors on either side of the others must stand together (all of unit 1, all of unit 2, ...).
 """
 
 from __future__ import annotations
@@ -31,6 +28,7 @@ from mixbits.spec import (
     QuantSpec,
     StoredTensor,
     stored_tensors,
+    unit_tensors,
 )
 
 _LENGTH_PREFIX_BYTES = 8
@@ -152,19 +150,17 @@ class FileSizes:
         """Sizes of each unit stored in each of the ``options`` of its group (default: each unit is a group)."""
         index = {name: k for k, names in enumerate(groups or [(u.name,) for u in inventory.units]) for name in names}
         group = np.array([index[u.name] for u in inventory.units])
-        num_options, marker = max(map(len, options)), "between"
+        shape = (len(group), max(map(len, options)))
         sides: tuple[dict[tuple[int, int], list[int]], ...] = ({}, {})
-        entries = np.zeros((len(group), num_options), dtype=np.int64)
+        entries = np.zeros(shape, dtype=np.int64)
         for u, unit in enumerate(inventory.units):
-            alone = ModelInventory((unit,), ((marker, ()),))
             for i, spec in enumerate(options[group[u]]):
-                tensors = stored_tensors(alone, BitAllocation({unit.name: spec}))
-                middle = next(k for k, t in enumerate(tensors) if t.name == marker)
-                for side, part in zip(sides, (tensors[:middle], tensors[middle + 1 :]), strict=True):
-                    side[u, i] = [t.num_bytes for t in part]
-                    entries[u, i] += sum(map(_entry_bytes, part))
-        others = tuple(t for t in stored_tensors(ModelInventory((), inventory.others), BitAllocation({})))
-        before, after = (_filled(side, entries.shape) for side in sides)
+                tensors = unit_tensors(unit, spec)
+                for side, dtype in zip(sides, ("F16", "U8"), strict=True):
+                    side[u, i] = [t.num_bytes for t in tensors if t.dtype == dtype]
+                entries[u, i] = sum(map(_entry_bytes, tensors))
+        others = stored_tensors(ModelInventory((), inventory.others), BitAllocation({}))
+        before, after = (_filled(side, shape) for side in sides)
         return cls(before, after, entries, others, group)
 
     @cached_property

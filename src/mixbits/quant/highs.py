@@ -22,6 +22,7 @@ from mixbits.spec import HEADER_MULTIPLE
 _logger = logging.getLogger(__name__)
 _LARGEST_VALUE = 1e6
 _TIME_LIMIT_SECONDS = 60.0
+_Row = tuple[np.ndarray, float, float]
 
 
 def solve_core(
@@ -37,36 +38,66 @@ def solve_core(
     """Least value over the options ``kept`` with a padded header in ``span``; choices in ``cuts`` excluded.
 
     Headers are taken by the lower bounds in ``header``, so nothing possible is excluded and the answer may be
-    slightly too large. Returns (choice (G,), or None if none is possible or found; proved lower bound of the
+    slightly too large. Returns (choice (K,), or None if none is possible or found; proved lower bound of the
     value).
+    """
+    groups, options = np.nonzero(kept)
+    least = np.where(kept, value, np.inf).min(1)
+    cost = np.append(value[groups, options] - least[groups], 0.0)
+    scale = _LARGEST_VALUE / cost.max() if cost.max() > 0 else 1.0
+    # Bytes are counted from the smallest choice's, to keep numbers small.
+    data = sizes.data[groups, options]
+    base = np.where(kept, sizes.data, np.iinfo(np.int64).max).min(1)
+    room = max_bytes - sizes.other_bytes - int(base.sum())
+    rows: list[_Row] = [(np.append(data - base[groups], HEADER_MULTIPLE), -np.inf, room)]
+    rows += [(np.append(cut[groups] == options, 0), -np.inf, len(cut) - 1) for cut in cuts]
+    return _run(cost * scale, rows, kept, header, span, node_limit, scale, float(least.sum()))
+
+
+def smallest_core(
+    value: np.ndarray, sizes: FileSizes, kept: np.ndarray, header: HeaderBounds, max_value: float, node_limit: int
+) -> tuple[np.ndarray | None, float]:
+    """The smallest file over the options ``kept`` (all in ``header``'s bounds) whose value is below ``max_value``, by at
+    least 10^-9 of the largest difference in value. Returns (choice (K,) or None; proved lower bound of its bytes).
+    """
+    groups, options = np.nonzero(kept)
+    least = np.where(kept, value, np.inf).min(1)
+    cost = np.append(value[groups, options] - least[groups], 0.0)
+    scale = _LARGEST_VALUE / cost.max() if cost.max() > 0 else 1.0
+    base = np.where(kept, sizes.data, np.iinfo(np.int64).max).min(1)
+    extra = np.append(sizes.data[groups, options] - base[groups], HEADER_MULTIPLE).astype(float)
+    rows: list[_Row] = [(cost * scale, -np.inf, (max_value - least.sum()) * scale - 1e-9 * _LARGEST_VALUE)]
+    span = (header.padded_low, header.padded_high)
+    return _run(extra, rows, kept, header, span, node_limit, 1.0, float(sizes.other_bytes + base.sum()))
+
+
+def _run(
+    cost: np.ndarray,
+    rows: list[_Row],
+    kept: np.ndarray,
+    header: HeaderBounds,
+    span: tuple[int, int],
+    node_limit: int | None,
+    scale: float,
+    offset: float,
+) -> tuple[np.ndarray | None, float]:
+    """Least ``cost`` over one option a group and the padded header's length in multiples (the last column), subject to
+    ``rows`` (coefficients, low, high). Returns (choice (K,) or None, bound / scale + offset).
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_matrix
 
     groups, options = np.nonzero(kept)
     num = len(groups)
-    least = np.where(kept, value, np.inf).min(1)
-    cost = np.append(value[groups, options] - least[groups], 0.0)
-    scale = _LARGEST_VALUE / cost.max() if cost.max() > 0 else 1.0
-    one = csr_matrix((np.ones(num), (groups, np.arange(num))), shape=(len(value), num + 1))
-    # The last column counts the multiples the padded header takes. Bytes are counted from the smallest choice's, to keep numbers small.
-    data = sizes.data[groups, options]
-    base = np.where(kept, sizes.data, np.iinfo(np.int64).max).min(1)
-    room = max_bytes - sizes.other_bytes - int(base.sum())
-    constraints = [
-        LinearConstraint(one, 1, 1),
-        LinearConstraint(csr_matrix(np.append(data - base[groups], HEADER_MULTIPLE).astype(float)), -np.inf, room),
-    ]
+    one = csr_matrix((np.ones(num), (groups, np.arange(num))), shape=(len(kept), num + 1))
     if header.fixed_low + np.where(kept, header.low, 0).max(1).sum() > span[0]:
-        row = np.append(-header.low[groups, options], HEADER_MULTIPLE).astype(float)
-        constraints.append(LinearConstraint(csr_matrix(row), header.fixed_low, np.inf))
-    for cut in cuts:
-        row = np.append(cut[groups] == options, 0).astype(float)
-        constraints.append(LinearConstraint(csr_matrix(row), -np.inf, len(cut) - 1))
+        rows = [*rows, (np.append(-header.low[groups, options], HEADER_MULTIPLE), header.fixed_low, np.inf)]
+    constraints = [LinearConstraint(one, 1, 1)]
+    constraints += [LinearConstraint(csr_matrix(row.astype(float)), low, high) for row, low, high in rows]
     multiples = [length // HEADER_MULTIPLE for length in span]
     with _stdout_captured():
         result = milp(
-            cost * scale,
+            cost,
             integrality=np.ones(num + 1),
             bounds=Bounds(np.append(np.zeros(num), multiples[0]), np.append(np.ones(num), multiples[1])),
             constraints=constraints,
@@ -74,10 +105,10 @@ def solve_core(
         )
     if result.x is None:
         return None, -np.inf if result.status == 1 else np.inf
-    chosen = np.zeros(len(value), dtype=int)
+    chosen = np.zeros(len(kept), dtype=int)
     picked = result.x[:num] > 0.5
     chosen[groups[picked]] = options[picked]
-    return chosen, float(result.mip_dual_bound / scale + least.sum())
+    return chosen, float(result.mip_dual_bound / scale + offset)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""The integer program behind bit allocation: one option a unit, least total value, file no larger than the
-limit.
+"""The integer program behind bit allocation: one option a group of units, least total value, file no
+larger than the limit.
 
 Solver: scipy.optimize.milp (HiGHS) at zero relative gap, on a core. Before it, a Lagrangian bound drops the
 options that cannot be in any solution better than one at hand (reduced-cost fixing, which loses nothing). With
@@ -11,7 +11,7 @@ their lower bounds, so that nothing possible is excluded: an answer that fits is
 cut off and the next best taken.
 
 Limits: exact to the byte in practice (at most 0.3 s for 100 units), but the number of cuts is limited: for
-units so small that they compare with their header entries, a gap may stay. Above 300 units the search stops as
+units so small that they compare with their header entries, a gap may stay. Above 300 groups the search stops as
 soon as the answer is proved to be within 10^-4 of the optimum, which takes about a second at 1,000 units, where
 the last byte of the header can cost minutes. The bound that was proved is returned, and `allocate` records the
 gap.
@@ -25,22 +25,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixbits.quant.filesize import FileSizes, HeaderBounds, Within
-from mixbits.quant.highs import solve_core
+from mixbits.quant.highs import smallest_core, solve_core
 from mixbits.spec import HEADER_MULTIPLE
 
 _ROUNDING = 1e-12
 _CUT_COLUMNS = 2500
 _MAX_LENGTHS = 8
 _MAX_ROUNDS = 12
-_EXACT_UNITS = 300
+_EXACT_GROUPS = 300
 _LARGE_GAP, _LARGE_NODES = 1e-4, 300
+_NEXT_NODES = 200
+_LEAST_PRICE = 1e-250
 
 Fits = Callable[[np.ndarray], bool]
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Chosen option per unit (G,), total value, and the proved lower bound of the optimum."""
+    """Chosen option per group (K,), total value, and the proved lower bound of the optimum."""
 
     choice: np.ndarray
     value: float
@@ -53,24 +55,34 @@ class Solution:
         return gap if gap > _ROUNDING * abs(self.value) else 0.0
 
 
+@dataclass(frozen=True)
+class Larger:
+    """A choice of less value in a larger file; ``is_smallest``: proved that no smaller file has less value."""
+
+    choice: np.ndarray
+    num_bytes: int
+    value: float
+    is_smallest: bool
+
+
 def _total(value: np.ndarray, choice: np.ndarray) -> float:
     return float(value[np.arange(len(value)), choice].sum())
 
 
-def solve(value: np.ndarray, sizes: FileSizes, max_bytes: int, fits: Fits, smallest: np.ndarray) -> Solution:
+def solve(value: np.ndarray, sizes: FileSizes, max_bytes: int, fits: Fits, start: np.ndarray) -> Solution:
     """Least total value among choices for which ``fits`` is true.
 
-    value: (G, S), infinite where a unit has no such option; fits: exact test of a choice (G,); smallest: a
-    choice that fits.
+    value: (K, S), infinite where a group has no such option; fits: exact test of a choice (K,); start: a
+    choice that fits; the answer is never worse.
     """
     cheapest = np.lexsort((sizes.data, value), axis=1)[:, 0]
     if fits(cheapest):
         total = _total(value, cheapest)
         return Solution(cheapest, total, total)
-    best, kept, within = smallest, np.isfinite(value), Within.anything(value)
+    best, kept, within = start, np.isfinite(value), Within.anything(value)
     best, kept, within = _reduce_fully(value, sizes, kept, within, best, max_bytes, fits)
     header = sizes.header_bounds(kept, within)
-    is_large = len(value) > _EXACT_UNITS
+    is_large = len(value) > _EXACT_GROUPS
     nodes = _LARGE_NODES if is_large else None
     if is_large or not header.is_exact:
         # A good answer for the likely length closes the bounds for good.
@@ -83,8 +95,61 @@ def solve(value: np.ndarray, sizes: FileSizes, max_bytes: int, fits: Fits, small
         best, kept, within = _reduce_fully(value, sizes, kept, within, best, max_bytes, fits)
     total = _total(value, best)
     if is_large and within.limit <= _LARGE_GAP * total:
-        return Solution(best, total, total - within.limit)
+        filled = _fill(value, sizes.data, best, max_bytes - sizes.other_bytes - _header_of(sizes, best))
+        best = filled if fits(filled) else best
+        return Solution(best, _total(value, best), total - within.limit)
     return _search(value, sizes, kept, within, best, max_bytes, fits)
+
+
+def next_larger(
+    value: np.ndarray, sizes: FileSizes, solution: Solution, max_bytes: int, num_bytes: Callable[[np.ndarray], int]
+) -> Larger | None:
+    """The smallest file of less value than ``solution``, the answer for ``max_bytes``; None if nothing has less value.
+
+    First the best change of one group; then, up to 300 groups, the integer program for bytes over the options that a
+    file no larger than that could use. ``num_bytes``: exact bytes of a choice.
+    """
+    choice, total = solution.choice, solution.value
+    best = _next_by_one_change(value, sizes, choice, max_bytes, num_bytes)
+    if best is None or solution.gap > 0 or len(value) > _EXACT_GROUPS:
+        return best
+    kept, within = np.isfinite(value), Within.anything(value)
+    for _ in range(_MAX_ROUNDS):
+        before, header = kept.sum(), sizes.header_bounds(kept, within)
+        kept, within = _restrict(value, sizes, kept, header, best.num_bytes, total, choice)
+        if kept.sum() == before:
+            break
+    header = sizes.header_bounds(kept, within)
+    found, bound = smallest_core(value, sizes, kept, header, total, _NEXT_NODES)
+    if found is not None and _total(value, found) < total:
+        size = num_bytes(found)
+        if max_bytes < size < best.num_bytes:
+            best = Larger(found, size, _total(value, found), False)
+    is_smallest = best.num_bytes <= int(np.ceil(min(bound, 2.0**62) - 1e-6))
+    return Larger(best.choice, best.num_bytes, best.value, is_smallest)
+
+
+def _next_by_one_change(
+    value: np.ndarray,
+    sizes: FileSizes,
+    choice: np.ndarray,
+    max_bytes: int,
+    num_bytes: Callable[[np.ndarray], int],
+) -> Larger | None:
+    rows = np.arange(len(value))
+    size = sizes.data + sizes.entries
+    more = (size - size[rows, choice][:, None]).astype(float)
+    more[value >= value[rows, choice][:, None]] = np.inf
+    for place in np.argsort(more, axis=None, kind="stable"):
+        k, i = np.unravel_index(int(place), more.shape)
+        if np.isinf(more[k, i]):
+            break
+        changed = choice.copy()
+        changed[k] = i
+        larger = num_bytes(changed)
+        if larger > max_bytes:
+            return Larger(changed, larger, _total(value, changed), False)
+    return None
 
 
 def _reduce_fully(
@@ -157,23 +222,41 @@ def _reduce(
     """
     header = sizes.header_bounds(kept, within)
     allowed = np.where(kept, value, np.inf)
+    best = _improve(allowed, sizes, header, best, max_bytes - sizes.other_bytes, fits)
+    kept, within = _restrict(value, sizes, kept, header, max_bytes, _total(value, best), best)
+    return best, kept, within
+
+
+def _restrict(
+    value: np.ndarray,
+    sizes: FileSizes,
+    kept: np.ndarray,
+    header: HeaderBounds,
+    max_bytes: int,
+    max_value: float,
+    choice: np.ndarray,
+) -> tuple[np.ndarray, Within]:
+    """The options of ``kept`` that a choice of at most ``max_bytes`` and ``max_value`` can use, those of ``choice`` with
+    them, and how far such a choice can stray.
+    """
+    allowed = np.where(kept, value, np.inf)
     room = max_bytes - sizes.other_bytes
     if header.is_exact:
         size, room_low = sizes.data, room - header.padded_low
     else:
         size, room_low = sizes.data + header.low, room - header.fixed_low
-    best = _improve(allowed, sizes, header, best, room, fits)
     price, _ = _price(allowed, size, room_low)
     priced = allowed + price * size
     least = priced.min(1)
     bound = float(least.sum() - price * room_low)
     slack = _ROUNDING * float(np.abs(least).sum() + price * abs(room_low))
-    limit = max(0.0, _total(value, best) - bound) + slack
+    limit = max(0.0, max_value - bound) + slack
     excess = priced - least[:, None]
     kept = kept & (excess <= limit)
-    kept[np.arange(len(value)), best] = True
-    rates = (0.0, *(10.0 ** (k / 4) / price for k in range(-4, 17)))
-    return best, kept, Within(np.where(np.isfinite(excess), excess, 0.0), limit, rates)
+    kept[np.arange(len(value)), choice] = True
+    # All values alike: the price is next to nothing, and rates would overflow.
+    rates = (0.0, *(10.0 ** (k / 4) / price for k in range(-4, 17))) if price > _LEAST_PRICE else (0.0,)
+    return kept, Within(np.where(np.isfinite(excess), excess, 0.0), limit, rates)
 
 
 def _improve(
