@@ -220,3 +220,30 @@ def test_fixed_scales_stay(opt, mixed):
 def test_an_unknown_rule_is_refused(opt, mixed):
     with pytest.raises(SpecError, match="expected 'follow', 'fixed' or 'learned'"):
         StraightThrough(opt, find_units(opt), mixed(find_units(opt)), scales="lsq")
+
+
+def test_a_product_unit_follows_its_weights(opt, ids, loss_of):
+    inventory = find_units(opt)
+    specs = {
+        u.name: QuantSpec.parse("0.5-product-v16" if u.kind == "embedding" and u.tied else "4") for u in inventory.units
+    }
+    method = StraightThrough(opt, inventory, BitAllocation(specs), scales="learned")
+    (unit,) = [u for u in method.units if u.spec.is_product]
+    before = unit.matrix.clone()
+    with torch.no_grad():
+        unit.parameter.mul_(1.5)
+    method.before_forward(opt)
+    shown = unit.matrix.clone()
+    error = (shown - 1.5 * before).square().sum()
+    method.after_backward(opt)
+    assert torch.equal(unit.matrix, 1.5 * before)
+    assert float(error) <= float((1.5 * before - before).square().sum())  # one step has followed the change
+    weights = method.quantized()[unit.name]
+    assert weights.codebook is not None
+    state = copy.deepcopy(method.state_dict())
+    other = StraightThrough(opt, inventory, BitAllocation(specs), scales="learned")
+    other.codebooks[unit.name].zero_()
+    other.load_state_dict(state)
+    assert torch.equal(other.quantized()[unit.name].codes, weights.codes)
+    with method.delivered(opt):
+        assert torch.equal(unit.matrix, dequantize(weights))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mixbits.errors import DataError, SpecError
+from mixbits.quant import product
 from mixbits.quant.grid import dequantize, project, quantize_weight
 from mixbits.quant.units import as_matrix, unit_parameters
 from mixbits.spec import BitAllocation, ModelInventory, QuantizedWeight, QuantSpec
@@ -54,10 +55,25 @@ def trained_units(model: nn.Module, inventory: ModelInventory, allocation: BitAl
     )
 
 
+def refuse_product_units(units: tuple[TrainedUnit, ...], method: str) -> None:
+    """Raise SpecError if a unit has a codebook in place of levels."""
+    named = [unit.name for unit in units if unit.spec.is_product]
+    if named:
+        raise SpecError(
+            f"unit {named[0]}: {method} needs a grid of levels, and a product unit has none; train it straight-through"
+        )
+
+
 def starting_scale(unit: TrainedUnit) -> torch.Tensor:
     """The best scale (rows, 1) or (1, 1) for the unit's present weight. Raises DataError naming the unit."""
     with _naming(unit):
         return project(unit.matrix, unit.spec)[1]
+
+
+def starting_codebook(unit: TrainedUnit) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codebook (256, v) and row scales (rows, 1) learned from a product unit's present weight. Raises DataError naming the unit."""
+    with _naming(unit):
+        return product.learn(unit.matrix, unit.spec)
 
 
 @contextmanager
@@ -85,9 +101,11 @@ def stored_weights(
 
 
 def quantize_units(
-    units: tuple[TrainedUnit, ...], scales: Mapping[str, torch.Tensor] | None = None
+    units: tuple[TrainedUnit, ...],
+    scales: Mapping[str, torch.Tensor] | None = None,
+    codebooks: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, QuantizedWeight]:
-    """Exact projection of every unit on its storable grid, with the given scales or the best ones.
+    """Exact projection of every unit on its storable grid, with the given scales (and product units' codebooks) or the best ones.
 
     Raises DataError (NaN) or SpecError (scale beyond float16) naming the unit.
     """
@@ -95,7 +113,8 @@ def quantize_units(
     for unit in units:
         with _naming(unit):
             scale = None if scales is None else scales[unit.name]
-            found[unit.name] = quantize_weight(unit.matrix, unit.spec, scale=scale)
+            codebook = None if codebooks is None else codebooks.get(unit.name)
+            found[unit.name] = quantize_weight(unit.matrix, unit.spec, scale=scale, codebook=codebook)
     return found
 
 

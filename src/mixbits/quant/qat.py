@@ -14,7 +14,8 @@ Beyond the ends of the grid a weight can no longer change its code soon, and ``l
 and below the ends are stretched by half a step (ParetoQ, Liu et al., 2025), which leaves the outermost cells as wide as the
 others: the half-step and ternary grids with nearest codes are ParetoQ's stretched grids, up to this rule.
 
-Limits: a product grid (`mixbits.quant.product`) follows the weights, whatever is asked for.
+A product unit (`mixbits.quant.product`) always follows its weights: nearest entries, then one least-squares step of
+codebook and row scales.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ import torch
 from torch import nn
 
 from mixbits.errors import SpecError
+from mixbits.quant import product
 from mixbits.quant.grid import best_scale, group_sum, nearest_levels
 from mixbits.quant.method import (
     TrainedUnit,
     copy_into,
     quantize_units,
+    starting_codebook,
     starting_scale,
     stored_weights,
     trained_units,
@@ -63,10 +66,17 @@ class StraightThrough:
             raise SpecError(f"scales is {scales!r}; expected 'follow', 'fixed' or 'learned'")
         self.rule, self.scale_learning_rate = scales, scale_learning_rate
         self.units = trained_units(model, inventory, allocation)
-        self.scales = {unit.name: starting_scale(unit) for unit in self.units}
+        self.scales: dict[str, torch.Tensor] = {}
+        self.codebooks: dict[str, torch.Tensor] = {}
+        for unit in self.units:
+            if unit.spec.is_product:
+                self.codebooks[unit.name], self.scales[unit.name] = starting_codebook(unit)
+            else:
+                self.scales[unit.name] = starting_scale(unit)
         self.log_scales: dict[str, nn.Parameter] = {}
         if scales == "learned":
-            self.log_scales = {name: nn.Parameter(_log(scale)) for name, scale in self.scales.items()}
+            plain = [unit.name for unit in self.units if not unit.spec.is_product]
+            self.log_scales = {name: nn.Parameter(_log(self.scales[name])) for name in plain}
         self._kept: dict[str, torch.Tensor] = {}
         self._levels: dict[str, torch.Tensor] = {}
 
@@ -86,19 +96,31 @@ class StraightThrough:
         """Show the forward pass the projected weights. What an interrupted step left is put back first."""
         self._put_back()
         for unit in self.units:
-            weight, scale = unit.matrix, self.scales[unit.name]
-            if self.rule == "learned":
-                scale.copy_(self.log_scales[unit.name].exp())
-            levels = nearest_levels(weight, scale, unit.spec)
-            if self.rule == "follow":
-                scale.copy_(best_scale(weight, levels, unit.spec))
+            projected = self._follow_codebook(unit) if unit.spec.is_product else self._project(unit)
             self._kept[unit.name] = unit.parameter.data
-            wide = expand_scale(scale, weight.shape[1], unit.spec)
-            if self.rule == "learned":
-                self._levels[unit.name] = levels
-                unit.put(levels * wide)
-            else:
-                unit.put(levels.mul_(wide))
+            unit.put(projected)
+
+    def _project(self, unit: TrainedUnit) -> torch.Tensor:
+        """The unit's weight on its grid of levels, scales by the rule."""
+        weight, scale = unit.matrix, self.scales[unit.name]
+        if self.rule == "learned":
+            scale.copy_(self.log_scales[unit.name].exp())
+        levels = nearest_levels(weight, scale, unit.spec)
+        if self.rule == "follow":
+            scale.copy_(best_scale(weight, levels, unit.spec))
+        wide = expand_scale(scale, weight.shape[1], unit.spec)
+        if self.rule == "learned":
+            self._levels[unit.name] = levels
+            return levels * wide
+        return levels.mul_(wide)
+
+    def _follow_codebook(self, unit: TrainedUnit) -> torch.Tensor:
+        weight, scale, codebook = unit.matrix, self.scales[unit.name], self.codebooks[unit.name]
+        codes = product.assign(weight, codebook, scale, unit.spec)
+        if self.rule != "fixed":
+            codebook.copy_(product.update_codebook(weight, codes, codebook, scale, unit.spec))
+            scale.copy_(product.best_row_scale(weight, codes, codebook))
+        return product.look_up(codes, codebook, weight.shape[1]) * scale
 
     @torch.no_grad()
     def after_backward(self, model: nn.Module) -> None:
@@ -139,15 +161,17 @@ class StraightThrough:
 
     def quantized(self) -> dict[str, QuantizedWeight]:
         """The units' exact projection with the present scales."""
-        return quantize_units(self.units, self.scales)
+        return quantize_units(self.units, self.scales, self.codebooks)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scales, and the logarithms they are learned as."""
-        return {"scales": self.scales, "log_scales": {n: p.detach() for n, p in self.log_scales.items()}}
+        """The scales, the logarithms they are learned as, and product units' codebooks."""
+        log_scales = {n: p.detach() for n, p in self.log_scales.items()}
+        return {"scales": self.scales, "log_scales": log_scales, "codebooks": self.codebooks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` saved."""
         copy_into(self.scales, state["scales"])
+        copy_into(self.codebooks, state["codebooks"])
         copy_into({n: p.data for n, p in self.log_scales.items()}, state["log_scales"])
 
 
