@@ -130,12 +130,30 @@ class Problem:
 
     @cached_property
     def uniforms(self) -> tuple[tuple[QuantSpec, np.ndarray], ...]:
-        """(spec, choice (K,)) for every spec that all groups but the fixed ones can take."""
-        is_fixed = [names[0] in self.fixed for names in self.groups]
-        free = [c for held, c in zip(is_fixed, self.candidates, strict=True) if not held]
-        shared = [s for s in (free[0] if free else ()) if all(s in c for c in free)]
-        pairs = list(zip(is_fixed, self.candidates, strict=True))
-        return tuple((s, np.array([0 if held else c.index(s) for held, c in pairs])) for s in shared)
+        """(spec, choice (K,)) of every uniform allocation that the candidates allow, fixed units aside.
+
+        As :meth:`mixbits.spec.BitAllocation.uniform` has it; where its bits for position tables are no candidate, the
+        same spec everywhere.
+        """
+        found = []
+        for spec in sorted({s for c in self.candidates for s in c}, key=_by_width):
+            usual = BitAllocation.uniform(self.inventory, spec).specs
+            for wanted in (usual, dict.fromkeys(usual, spec)):
+                choice = self._choice({**wanted, **self.fixed})
+                if choice is not None:
+                    found.append((spec, choice))
+                    break
+        return tuple(found)
+
+    def _choice(self, specs: Mapping[str, QuantSpec]) -> np.ndarray | None:
+        """The options (K,) that give every unit its spec; None if a group cannot."""
+        choice = []
+        for names, options in zip(self.groups, self.candidates, strict=True):
+            wanted = {specs[name] for name in names}
+            if len(wanted) > 1 or not wanted <= set(options):
+                return None
+            choice.append(options.index(wanted.pop()))
+        return np.array(choice)
 
     def _best_uniform(self, max_bytes: int) -> list[np.ndarray]:
         """The uniform choice of least loss that fits, if one does."""
