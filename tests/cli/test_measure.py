@@ -12,8 +12,10 @@ def test_measure_then_allocate(tiny_world, tmp_path, capsys):
     text = str(tiny_world / "text.txt")
     command = ["measure", str(tiny_world / "full"), "--text", text, "--probes", "2", "--batch", "3", "--seed", "7"]
     assert main([*command, "--specs", "1, 2,4", "-o", str(output)]) == 0
-    assert f"wrote {output}: 7 units, 3 specs, 48 tokens" in capsys.readouterr().out
+    said = capsys.readouterr().out
     found = read_sensitivities(output)
+    size = f"{len(found.units)} units, 3 specs, 48 tokens"
+    assert f"wrote {output}: hessian, {size}; cost 5 forward-backward passes, largest relative standard error" in said
     assert found.specs == parse_specs(["1", "2", "4"])
     facts = found.provenance
     assert (facts["seed"], facts["num_probes"], facts["num_sequences"]) == (7, 2, 3)
@@ -26,10 +28,39 @@ def test_measure_then_allocate(tiny_world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("measure", "options"), [("fisher", []), ("kl", []), ("loss", []), ("hessian", ["--probes", "2"])]
+)
+def test_every_measure_plain_and_around_an_allocation(tiny_world, tmp_path, capsys, measure, options):
+    full, plain, allocation = str(tiny_world / "full"), str(tmp_path / "s.json"), str(tmp_path / "a.json")
+    command = ["measure", full, "--text", str(tiny_world / "text.txt"), "--blocks", "3", "--specs", "1,4"]
+    command += ["--measure", measure, *options]
+    assert main([*command, "-o", plain]) == 0
+    assert f"wrote {plain}: {measure}, " in capsys.readouterr().out
+    assert main(["allocate", plain, "--bytes", "5000", "-o", allocation]) == 0
+    again = str(tmp_path / "again.json")
+    assert main([*command, "-o", again, "--around", allocation]) == 0
+    first, second = read_sensitivities(plain), read_sensitivities(again)
+    assert first.measure == second.measure == measure
+    assert (first.provenance["around"], first.provenance["num_sequences"]) == (None, 3)
+    assert set(second.provenance["around"]) == set(second.units)
+    assert any(first.units[n].loss_increase != u.loss_increase for n, u in second.units.items())
+
+
+def test_warnings_are_said(tiny_world, tmp_path, capsys):
+    command = ["measure", str(tiny_world / "full"), "--text", str(tiny_world / "text.txt"), "--measure", "kl"]
+    assert main([*command, "--blocks", "1", "--specs", "2", "-o", str(tmp_path / "s.json")]) == 0
+    said = capsys.readouterr()
+    assert "largest relative standard error unknown" in said.out
+    assert "warning: a single sequence" in said.err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--measure", "magic"], "--measure is 'magic'; expected one of hessian, fisher, kl, loss"),
+        (["--around", "nowhere.json"], "nowhere.json: no such file"),
         (["--probes", "0"], "--probes is 0"),
-        (["--batch", "-1"], "--batch is -1"),
+        (["--blocks", "-1"], "--blocks is -1"),
         (["--specs", ","], "--specs is 0"),
         (["--specs", "5"], "bit width 5"),
         (["--text", "nowhere.txt"], "nowhere.txt"),

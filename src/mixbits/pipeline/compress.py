@@ -9,22 +9,21 @@ packed there.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mixbits.errors import DataError
 from mixbits.lm.checkpoint import load_model, model_hash
-from mixbits.lm.corpus import TokenStream, encode_file, token_batches
-from mixbits.lm.loss import mean_loss
+from mixbits.lm.corpus import TokenStream
 from mixbits.pipeline.checks import check_full_precision, check_output, check_text
+from mixbits.pipeline.measure import measure_stream
 from mixbits.pipeline.prepare import split_text, training_context
 from mixbits.pipeline.quantize import pack, round_to_nearest, train_quantized
 from mixbits.pipeline.rows import fingerprint, run_row
 from mixbits.pipeline.settings import MeasureSettings, QuantizeSettings
 from mixbits.quant.allocate import allocate, budget_bytes
-from mixbits.quant.sensitivity import Sensitivities, measure_hessian, read_sensitivities, write_sensitivities
+from mixbits.quant.sensitivity import Sensitivities, read_sensitivities, write_sensitivities
 from mixbits.quant.units import find_units
 from mixbits.runs import hash_file, read_json, write_json
 from mixbits.spec import BitAllocation, parse_specs
@@ -42,40 +41,6 @@ class Compressed:
     bits_per_weight: float
     allocation: BitAllocation
     record: dict[str, Any]
-
-
-def measure_stream(
-    model: Any, stream: TokenStream, settings: MeasureSettings, *, context: int, show_progress: bool = False
-) -> Sensitivities:
-    """Hessian sensitivities of ``model`` on blocks drawn from a token stream."""
-    batches = token_batches(
-        stream, context=context, num_blocks=settings.num_blocks, micro_batch=settings.micro_batch, seed=settings.seed
-    )
-    return measure_hessian(
-        model, find_units(model), batches, mean_loss, parse_specs(settings.specs),
-        num_probes=settings.num_probes, seed=settings.seed, micro_batch_size=settings.micro_batch,
-        show_progress=show_progress, provenance={"text_sha256": stream.sha256},
-    )  # fmt: skip
-
-
-def measure_sensitivities(
-    model: Any,
-    tokenizer: Any,
-    text: str | Path,
-    *,
-    specs: Sequence[str] = ("1", "1.58", "2", "3", "4", "8"),
-    num_probes: int = 50,
-    num_blocks: int = 32,
-    context: int | None = None,
-    seed: int = 0,
-    show_progress: bool = False,
-) -> Sensitivities:
-    """Hessian sensitivities of ``model`` on ``num_blocks`` blocks of a text file."""
-    settings = MeasureSettings(num_probes=num_probes, num_blocks=num_blocks, specs=tuple(map(str, specs)), seed=seed)
-    stream = encode_file(tokenizer, text)
-    return measure_stream(
-        model, stream, settings, context=context or training_context(model), show_progress=show_progress
-    )
 
 
 def compress(

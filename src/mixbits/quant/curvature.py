@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixbits.errors import DataError, SpecError
+from mixbits.quant.progress import progress_bar
 from mixbits.quant.units import unit_parameters
 from mixbits.spec import ModelInventory
 
@@ -63,6 +64,24 @@ class TraceEstimate:
 
 
 @contextmanager
+def evaluation_float32(model: nn.Module) -> Iterator[None]:
+    """Within: evaluation mode and float32. Each module's mode and each tensor's type and values are back after."""
+    training = [(m, m.training) for m in model.modules()]
+    tensors = [*model.parameters(), *model.buffers()]
+    lowered = [(t, t.dtype) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        model.eval()
+        for tensor, _ in lowered:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in lowered:
+            tensor.data = tensor.data.to(dtype)
+        for module, was in training:
+            module.training = was
+
+
+@contextmanager
 def double_backward_ready(model: nn.Module) -> Iterator[None]:
     """Within: evaluation mode, float32, attention that can be differentiated twice. All is restored after.
 
@@ -72,30 +91,21 @@ def double_backward_ready(model: nn.Module) -> Iterator[None]:
     left on ``eager`` only if it is there already.) Other implementations, such as flash attention, are switched
     to ``sdpa`` for the while.
     """
-    training = [(m, m.training) for m in model.modules()]
-    tensors = [*model.parameters(), *model.buffers()]
-    lowered = [(t, t.dtype) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     switch = implementation not in (None, "sdpa", "eager") and hasattr(model, "set_attn_implementation")
-    try:
-        model.eval()
-        for tensor, _ in lowered:
-            tensor.data = tensor.data.float()
-        if switch:
-            model.set_attn_implementation("sdpa")  # type: ignore[operator]
-        with sdpa_kernel(SDPBackend.MATH):
+    with evaluation_float32(model), sdpa_kernel(SDPBackend.MATH):
+        try:
+            if switch:
+                model.set_attn_implementation("sdpa")  # type: ignore[operator]
             yield
-    finally:
-        if switch:
-            model.set_attn_implementation(implementation)  # type: ignore[operator]
-        for tensor, dtype in lowered:
-            tensor.data = tensor.data.to(dtype)
-        for module, was in training:
-            module.training = was
+        finally:
+            if switch:
+                model.set_attn_implementation(implementation)  # type: ignore[operator]
 
 
 @contextmanager
-def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within: gradients are recorded, and these parameters take part. Their own flags are back after."""
     before = [p.requires_grad for p in parameters]
     try:
         for p in parameters:
@@ -174,7 +184,8 @@ def hessian_traces(
     total_tokens = sum(token_count(part) for part in parts)
     generator = torch.Generator().manual_seed(seed)
     samples = {name: [0.0] * num_probes for name in parameters}
-    with _requiring_grad(list(parameters.values())), _progress(len(parts) * num_probes, show_progress) as advance:
+    bar = progress_bar("Hessian", len(parts) * num_probes, step="products", shown=show_progress)
+    with requiring_grad(list(parameters.values())), bar as advance:
         for index, part in enumerate(parts):
             weight = token_count(part) / total_tokens
             products = _probe_products(
@@ -225,26 +236,3 @@ def _probe_products(
                 "there: check the model"
             )
         yield result
-
-
-@contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr with rate and time left; yields the function that advances it."""
-    from rich import progress
-    from rich.console import Console
-    from rich.text import Text
-
-    class Rate(progress.ProgressColumn):
-        def render(self, task: progress.Task) -> Text:
-            return Text(f"{task.speed:.1f} products/s" if task.speed else "")
-
-    columns = (
-        progress.TextColumn("Hessian"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        Rate(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task("Hessian", total=total)
-        yield lambda: bar.advance(task)

@@ -1,42 +1,24 @@
 """Sensitivities: by how many nats per token the loss is predicted to rise when one unit is stored in one spec.
 
-One type, one JSON file, whatever the measure. Built here: ``hessian``, the second-order prediction of Xu et al.
-(ICASSP 2021) in natural units, ``1/2 * trace / num_weights * perturbation`` (:func:`measure_hessian`). A
-measure that joins later (Fisher, KL, measured loss) returns the same :class:`Sensitivities`, with ``trace``
-left out where it has none.
+One type, one JSON file, whatever the measure; the measures themselves are in :mod:`mixbits.quant.measures`.
 
 The file carries the model's inventory, so it can be solved for any budget without the model, and keeps the sign
-of a negative trace (a saddle, or noise); the allocator clamps it and says so.
-
-Limits: the Hessian prediction assumes a pre-trained model at a minimum, noise independent of the weights and
-equal curvature within a unit, and ignores what training afterwards repairs and how units interact.
+of a negative value (a negative Hessian trace: a saddle, or noise; a measured loss that fell); the allocator clamps it
+and says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from mixbits.errors import DataError, FormatError, SpecError
 from mixbits.jsonfile import read_json, write_json
-from mixbits.quant.curvature import (
-    Loss,
-    TraceEstimate,
-    double_backward_ready,
-    hessian_traces,
-    num_predictions,
-    split_batches,
-)
-from mixbits.quant.fingerprint import data_hash, model_hash
-from mixbits.quant.grid import perturbation
+from mixbits.quant.curvature import TraceEstimate
 from mixbits.quant.inventory import inventory_from_json, inventory_to_json
-from mixbits.quant.units import unit_matrices
 from mixbits.spec import ModelInventory, QuantSpec
 
 FORMAT = "mixbits-sensitivities"
@@ -88,6 +70,26 @@ class Sensitivities:
         """The specs that were measured for every unit, in the order of the first unit."""
         first, *rest = self.units.values()
         return tuple(s for s in first.loss_increase if all(s in u.loss_increase for u in rest))
+
+    @property
+    def largest_relative_stderr(self) -> tuple[float, str, QuantSpec]:
+        """The largest standard error over |loss increase|, with its unit and spec; infinite where it is unknown.
+
+        A loss increase of exactly zero with no error (nothing changed) counts as 0.
+        """
+
+        def ratio(unit: UnitSensitivity, spec: QuantSpec) -> float:
+            value, error = abs(unit.loss_increase[spec]), unit.stderr[spec]
+            return 0.0 if error == 0 else error / value if value else math.inf
+
+        return max(
+            ((ratio(u, s), name, s) for name, u in self.units.items() for s in u.loss_increase), key=lambda x: x[0]
+        )
+
+    @property
+    def negative_units(self) -> list[str]:
+        """Units with a negative loss increase at some spec, which the allocator counts as 0."""
+        return [name for name, u in self.units.items() if any(v < 0 for v in u.loss_increase.values())]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a JSON file; an infinite standard error becomes null."""
@@ -189,73 +191,3 @@ def read_sensitivities(path: str | Path) -> Sensitivities:
 def write_sensitivities(path: str | Path, sensitivities: Sensitivities) -> Path:
     """Write a sensitivity file atomically; the same measurement gives the same bytes."""
     return write_json(path, sensitivities.to_json())
-
-
-def hessian_sensitivity(
-    trace: TraceEstimate, num_weights: int, perturbations: Mapping[QuantSpec, float]
-) -> UnitSensitivity:
-    """``1/2 * trace / num_weights * perturbation`` per spec, signed, with the standard error of the trace
-    carried over.
-    """
-    factor = 0.5 / num_weights
-    return UnitSensitivity(
-        {s: factor * trace.trace * p for s, p in perturbations.items()},
-        # 0 * inf: no perturbation, no loss, however uncertain the trace.
-        {s: factor * trace.trace_stderr * p if p > 0 else 0.0 for s, p in perturbations.items()},
-        dict(perturbations),
-        trace,
-    )
-
-
-def measure_hessian(
-    model: nn.Module,
-    inventory: ModelInventory,
-    batches: Sequence[torch.Tensor],
-    loss: Loss,
-    specs: Sequence[QuantSpec],
-    *,
-    num_probes: int = 50,
-    seed: int = 0,
-    micro_batch_size: int = 8,
-    token_count: Callable[[torch.Tensor], int] = num_predictions,
-    show_progress: bool = False,
-    provenance: Mapping[str, Any] | None = None,
-) -> Sensitivities:
-    """Hessian sensitivities of all units for all ``specs``; see :func:`mixbits.quant.curvature.hessian_traces`.
-
-    Switches the model for the while (:func:`double_backward_ready`) and leaves it as it was. ``provenance``:
-    entries to add to the file's. Raises SpecError for no specs or probes, DataError for NaN or no tokens.
-    """
-    if not specs:
-        raise SpecError("no specs to measure; give at least one, e.g. 1,1.58,2,3,4,8")
-    parts = split_batches(batches, micro_batch_size)
-    with double_backward_ready(model):
-        traces = hessian_traces(
-            model,
-            inventory,
-            batches,
-            loss,
-            num_probes=num_probes,
-            seed=seed,
-            micro_batch_size=micro_batch_size,
-            token_count=token_count,
-            show_progress=show_progress,
-        )
-    matrices = unit_matrices(model, inventory)
-    units = {}
-    for unit in inventory.units:
-        perturbations = {spec: perturbation(matrices[unit.name], spec) for spec in dict.fromkeys(specs)}
-        units[unit.name] = hessian_sensitivity(traces[unit.name], unit.num_weights, perturbations)
-    facts = {
-        "seed": seed,
-        "num_probes": num_probes,
-        "num_tokens": sum(token_count(p) for p in parts),
-        "num_sequences": sum(len(p) for p in parts),
-        "micro_batch_size": micro_batch_size,
-        "model_hash": model_hash(model),
-        "data_hash": data_hash(batches),
-        "negative_traces": [name for name, t in traces.items() if t.trace < 0],
-        "stderr": "over probes on these tokens; the choice of text is not included",
-    }
-    # One graph of forward and backward, then each product runs backward through both.
-    return Sensitivities("hessian", inventory, units, 1.0 + 2.0 * num_probes, {**facts, **(provenance or {})})
