@@ -1,5 +1,6 @@
 """Tiny random models of four families, tied and untied, and one batch of tokens."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -82,3 +83,67 @@ def snapshot(model):
 @pytest.fixture
 def values_of():
     return snapshot
+
+
+def protocol_steps(model, method, optimizer, *, first, last, num_steps):
+    """Steps ``first`` to ``last`` of ``num_steps`` as the trainer takes them; a step's batch depends on its number only."""
+    figures = []
+    for step in range(first, last + 1):
+        batch = torch.randint(0, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(step))
+        method.before_forward(model)
+        mean_loss(model, batch).backward()
+        method.after_backward(model)
+        if hasattr(method, "second_gradient") and method.second_gradient(model):
+            mean_loss(model, batch).backward()
+            method.after_backward(model)
+        optimizer.step()
+        model.zero_grad()
+        figures.append(method.after_step(model, step, num_steps))
+    return figures
+
+
+@pytest.fixture
+def run_steps():
+    return protocol_steps
+
+
+def check_resume(build, *, num_steps=12, middle=5):
+    """A method that is interrupted after ``middle`` steps ends with the very bits of one that was not."""
+
+    def start():
+        model = tiny_model("opt")
+        method = build(model)
+        extra = method.extra_parameters(model) if hasattr(method, "extra_parameters") else []
+        groups = [{"params": list(model.parameters())}, *extra]
+        return model, method, groups
+
+    def optimizer_of(groups):
+        return torch.optim.AdamW(groups, lr=5e-3)
+
+    model, method, groups = start()
+    straight = optimizer_of(groups)
+    protocol_steps(model, method, straight, first=1, last=num_steps, num_steps=num_steps)
+
+    first, half, groups = start()
+    optimizer = optimizer_of(groups)
+    protocol_steps(first, half, optimizer, first=1, last=middle, num_steps=num_steps)
+    saved = copy.deepcopy((first.state_dict(), half.state_dict(), optimizer.state_dict()))
+    second, other, _ = start()
+    second.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    extra = other.extra_parameters(second) if hasattr(other, "extra_parameters") else []
+    optimizer = optimizer_of([{"params": list(second.parameters())}, *extra])
+    optimizer.load_state_dict(saved[2])
+    protocol_steps(second, other, optimizer, first=middle + 1, last=num_steps, num_steps=num_steps)
+
+    for (name, p), q in zip(model.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    for name, weight in method.quantized().items():
+        again = other.quantized()[name]
+        assert torch.equal(weight.codes, again.codes), name
+        assert torch.equal(weight.scales, again.scales), name
+
+
+@pytest.fixture
+def resumes():
+    return check_resume
