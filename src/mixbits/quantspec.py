@@ -50,7 +50,8 @@ class QuantSpec:
     """How one unit is stored. ``QuantSpec(2)`` is the 2-bit half-step grid with one float16 scale per output row.
 
     ``group_size``: input columns that share a scale, with granularity 'group' only; the last group of a row may be
-    shorter. ``scale_bits``: 16, or 8 for one byte a scale. A product unit always has one 8-bit scale per row.
+    shorter. ``scale_bits``: 16, or 8 for one byte a scale. A product unit has one 8-bit scale per row, or with granularity 'tensor'
+    none: its codebook carries the scale.
     """
 
     bit_width: float
@@ -88,10 +89,11 @@ class QuantSpec:
                 f"bit width {self.bit_width!r} does not exist on grid 'product'; it has 8 / v bits for vectors of v = "
                 f"{MIN_VECTOR_SIZE} .. {MAX_VECTOR_SIZE} columns, e.g. 1 (v8) or 0.5 (v16)"
             )
-        if self.granularity != "row":
-            raise SpecError(f"a product unit has one 8-bit scale per row; got granularity {self.granularity!r}")
+        if self.granularity == "group":
+            raise SpecError("a product unit has one 8-bit scale per row ('row') or none ('tensor'); got 'group'")
         object.__setattr__(self, "bit_width", 8 // size if 8 % size == 0 else 8 / size)
-        object.__setattr__(self, "scale_bits", 8)
+        if self.granularity == "row":
+            object.__setattr__(self, "scale_bits", 8)
 
     def _check_scales(self) -> None:
         size = self.group_size
@@ -139,6 +141,11 @@ class QuantSpec:
         return self.grid == "product"
 
     @property
+    def has_scales(self) -> bool:
+        """False for 16-bit storage, and for a product unit whose codebook carries the scale."""
+        return self.is_quantized and not (self.is_product and self.granularity == "tensor")
+
+    @property
     def vector_size(self) -> int:
         """Input columns that one code stands for: v of a product unit, else 1."""
         return round(8 / self.bit_width) if self.is_product else 1
@@ -159,7 +166,7 @@ class QuantSpec:
 
     def num_scales(self, rows: int, cols: int) -> int:
         """Number of scales of a unit of shape (rows, cols), whatever their storage."""
-        if not self.is_quantized:
+        if not self.has_scales:
             return 0
         return 1 if self.granularity == "tensor" else rows * self.num_groups(cols)
 
@@ -189,13 +196,14 @@ class QuantSpec:
 
     def __str__(self) -> str:
         if self.is_product:
-            return f"{self.bit_width:.3g}-product-v{self.vector_size}"
+            ending = "-tensor" if self.granularity == "tensor" else ""
+            return f"{self.bit_width:.3g}-product-v{self.vector_size}{ending}"
         granularity = f"g{self.group_size}" if self.granularity == "group" else self.granularity
         return f"{self.bit_width:g}-{self.grid}-{granularity}" + ("-s8" if self.scale_bits == 8 else "")
 
     @classmethod
     def parse(cls, text: str | float) -> QuantSpec:
-        """Read ``<bits>[-<grid>][-row | -tensor | -g<size>][-s8]`` or ``<bits>[-product][-v<size>]``; raises SpecError.
+        """Read ``<bits>[-<grid>][-row | -tensor | -g<size>][-s8]`` or ``<bits>[-product][-v<size>][-tensor]``; raises SpecError.
 
         Examples: ``2``, ``1.58-row-s8``, ``2-half-step-g64-s8`` (``2-g64s8`` is the same), ``0.5-product-v16``.
         """
@@ -228,7 +236,7 @@ class QuantSpec:
 
 
 _ENDING = re.compile(
-    r"(?P<grid>.*?)(?:(?:^|-)(?:(?P<granularity>row|tensor)|g(?P<group>[0-9]{1,9})|v(?P<vector>[0-9]{1,9})))?"
+    r"(?P<grid>.*?)(?:(?:^|-)v(?P<vector>[0-9]{1,9}))?(?:(?:^|-)(?:(?P<granularity>row|tensor)|g(?P<group>[0-9]{1,9})))?"
     r"(?P<scale>(?:^|-)s8|(?<=[0-9])s8)?",
     re.DOTALL,
 )

@@ -25,7 +25,9 @@ _TOP = 255.0
 
 
 def compact_scale(flat: torch.Tensor, spec: QuantSpec, cols: int) -> torch.Tensor:
-    """(num_scales,) -> (rows, 1), (rows, num_groups) or (1, 1)."""
+    """(num_scales,) -> (rows, 1), (rows, num_groups) or (1, 1); a spec without scales: one that is 1."""
+    if not spec.has_scales:
+        return flat.new_ones(1, 1)
     return flat.reshape(-1, spec.num_groups(cols))
 
 
@@ -39,6 +41,8 @@ def expand_scale(scale: torch.Tensor, cols: int, spec: QuantSpec) -> torch.Tenso
 
 def storable_scale(scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """A compact scale rounded to what can be stored, in float32. Raises SpecError when it does not fit float16."""
+    if not spec.has_scales:
+        return torch.ones_like(scale)
     if spec.scale_bits == 8:
         supers, codes = split_scale(scale, spec)
         return join_scale(supers, codes)

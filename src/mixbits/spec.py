@@ -213,7 +213,9 @@ def unit_tensors(unit: Unit, spec: QuantSpec) -> tuple[StoredTensor, ...]:
     if not spec.is_quantized:
         shape = (unit.cols, unit.rows) if unit.kind == "conv1d" else (unit.rows, unit.cols)
         return (StoredTensor(unit.weight, "F16", shape),)
-    found = [StoredTensor(f"{unit.name}.scales", "F16", (spec.num_float_scales(unit.rows, unit.cols),))]
+    found = []
+    if spec.has_scales:
+        found.append(StoredTensor(f"{unit.name}.scales", "F16", (spec.num_float_scales(unit.rows, unit.cols),)))
     if spec.is_product:
         found.append(StoredTensor(f"{unit.name}.codebook", "F16", (NUM_CENTROIDS, spec.vector_size)))
     if spec.scale_bits == 8:

@@ -229,6 +229,8 @@ def _check_codebook(unit: Unit, spec: QuantSpec, quantized: QuantizedWeight) -> 
 
 def _stored_scales(unit: Unit, spec: QuantSpec, quantized: QuantizedWeight) -> dict[str, torch.Tensor]:
     """Scales as float16, or as shared float16 numbers and bytes. Raises SpecError for scales that are no such product."""
+    if not spec.has_scales:
+        return {}
     if spec.scale_bits == 16:
         return {f"{unit.name}.scales": quantized.scales.to(torch.float16).reshape(-1)}
     scale = compact_scale(quantized.scales.float(), spec, unit.cols)

@@ -64,11 +64,10 @@ class PackedInfo:
 
 
 def _in_file_order(weight_file: WeightFile, packed: PackedUnits) -> list[Unit]:
-    """Units as their scales (or float16 weights) follow each other in the file, which is the model's own order."""
+    """Units as their first tensors (scales, codebooks or float16 weights) follow each other in the file, which is the model's own order."""
 
     def offset(unit: Unit) -> int:
-        name = f"{unit.name}.scales" if packed.specs[unit.name].is_quantized else unit.weight
-        return weight_file.offsets[name]
+        return weight_file.offsets[unit_tensors(unit, packed.specs[unit.name])[0].name]
 
     return sorted(packed.units, key=offset)
 
@@ -93,7 +92,7 @@ def inspect_packed(directory: str | Path) -> PackedInfo:
             low = mean = high = None
             tensors = {t.name: reader.tensor(stored[t.name]) for t in unit_tensors(unit, spec)}
             own |= set(tensors)
-            if spec.is_quantized:
+            if spec.has_scales:
                 scales = _scales(unit, spec, tensors).to(torch.float64)
                 low, mean, high = float(scales.min()), float(scales.mean()), float(scales.max())
             units.append(

@@ -125,6 +125,9 @@ class PackedUnit(nn.Module):
     def _scale(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Compact float32 scale, (rows, 1), (rows, num_groups) or (1, 1), of all rows or of those asked for."""
 
+        if not self.spec.has_scales:
+            return self.codebook.new_ones(1, 1, dtype=torch.float32)
+
         def select(scale: torch.Tensor) -> torch.Tensor:
             return scale if rows is None or len(scale) != self.rows else scale[rows]
 

@@ -116,7 +116,7 @@ def _train_codes(
     found = train_model(model, train, valid, settings.train, folder / "codes", method=method, **options)
     weights = method.quantized()
     partial = path.with_suffix(".partial")
-    pairs = {name: (w.codes, w.scales) for name, w in weights.items()}
+    pairs = {name: (w.codes, w.scales, w.codebook, w.cols) for name, w in weights.items()}
     torch.save({"model": model.state_dict(), "weights": pairs, "found": found}, partial)
     os.replace(partial, path)
     shutil.rmtree(folder / "codes", ignore_errors=True)

@@ -1,7 +1,8 @@
 """Product quantization: one byte names one of 256 learned vectors for v input columns of a row; below one bit a weight.
 
 A row w is cut into vectors of v columns (the last one padded) and divided by its scale s; each vector is replaced by the
-nearest entry of a codebook that all rows and all positions of the unit share: ``w ~ s * (c[k_1], c[k_2], ...)``. The error
+nearest entry of a codebook that all rows and all positions of the unit share: ``w ~ s * (c[k_1], c[k_2], ...)``. With
+granularity 'tensor' s = 1. The error
 ``sum_r s_r^2 sum_j ||w_rj / s_r - c[k_rj]||^2`` is k-means with weights s^2: for a fixed codebook the nearest entry is best
 (:func:`assign`), for fixed codes the best entries are weighted means (:func:`update_codebook`) and the best row scales are
 least squares (:func:`best_row_scale`); none of the three raises it. :func:`learn` starts with k-means++ (Arthur and
@@ -74,8 +75,10 @@ def scaled_sums(values: torch.Tensor, codes: torch.Tensor, row_scale: torch.Tens
     return sums.index_add_(0, codes.reshape(-1).int(), vectors.reshape(-1, spec.vector_size))
 
 
-def best_row_scale(weight: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """The least-squares scale of every row for fixed codes and codebook, not negative: (rows, 1)."""
+def best_row_scale(weight: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """The least-squares scale of every row for fixed codes and codebook, not negative: (rows, 1); without scales 1, (1, 1)."""
+    if not spec.has_scales:
+        return weight.new_ones(1, 1)
     rows = look_up(codes, codebook, weight.shape[1])
     norms = rows.square().sum(1, keepdim=True).clamp_min_(torch.finfo(weight.dtype).tiny)
     return ((weight * rows).sum(1, keepdim=True) / norms).clamp_min_(0.0)
@@ -84,14 +87,14 @@ def best_row_scale(weight: torch.Tensor, codes: torch.Tensor, codebook: torch.Te
 def learn(
     weight: torch.Tensor, spec: QuantSpec, *, seed: int = 0, max_iterations: int = 20
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A codebook and row scales for ``weight`` (rows, cols): (256, v) and (rows, 1), unrounded.
+    """A codebook and row scales for ``weight`` (rows, cols): (256, v) and (rows, 1) (or 1, (1, 1)), unrounded.
 
     Deterministic for a seed on one machine. Raises SpecError for another grid.
     """
     if not spec.is_product:
         raise SpecError(f"spec {spec} has no codebook to learn; expected grid 'product'")
     weight = weight.float()
-    scale = weight.square().mean(1, keepdim=True).sqrt()
+    scale = _root_mean_squares(weight, spec)
     vectors = split_rows(weight / torch.where(scale > 0, scale, torch.full_like(scale, torch.inf)), spec)
     masses = scale.square().expand(vectors.shape[:2]).reshape(-1)
     vectors = vectors.reshape(-1, spec.vector_size)
@@ -104,8 +107,12 @@ def learn(
     for _ in range(_FULL_ITERATIONS):
         codes = assign(weight, codebook, scale, spec)
         codebook = update_codebook(weight, codes, codebook, scale, spec)
-        scale = best_row_scale(weight, codes, codebook)
+        scale = best_row_scale(weight, codes, codebook, spec)
     return codebook, scale
+
+
+def _root_mean_squares(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    return weight.square().mean(1, keepdim=True).sqrt() if spec.has_scales else weight.new_ones(1, 1)
 
 
 def _k_means(
@@ -170,8 +177,9 @@ def quantize(
         codebook, scale = learn(weight, spec)
     codebook = storable_codebook(codebook)
     if scale is None:
-        scale = weight.square().mean(1, keepdim=True).sqrt()
-        scale = best_row_scale(weight, assign(weight, codebook, scale, spec), codebook)
+        codes = assign(weight, codebook, _root_mean_squares(weight, spec), spec)
+        scale = best_row_scale(weight, codes, codebook, spec)
     scale = storable_scale(scale, spec)
     codes = assign(weight, codebook, scale, spec)
-    return QuantizedWeight(spec, codes, scale.flatten().clone(), codebook, weight.shape[1])
+    scales = scale.flatten().clone() if spec.has_scales else scale.new_empty(0)
+    return QuantizedWeight(spec, codes, scales, codebook, weight.shape[1])

@@ -119,7 +119,7 @@ class StraightThrough:
         codes = product.assign(weight, codebook, scale, unit.spec)
         if self.rule != "fixed":
             codebook.copy_(product.update_codebook(weight, codes, codebook, scale, unit.spec))
-            scale.copy_(product.best_row_scale(weight, codes, codebook))
+            scale.copy_(product.best_row_scale(weight, codes, codebook, unit.spec))
         return product.look_up(codes, codebook, weight.shape[1]) * scale
 
     @torch.no_grad()

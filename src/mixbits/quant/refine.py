@@ -1,7 +1,8 @@
-"""The last step of every method: codes fixed, scales and all unquantized parameters (biases, norms, positions) trained on.
+"""The last step of every method: codes fixed, scales, codebooks and all unquantized parameters (biases, norms) trained on.
 
-With W = scale * V the gradient of a group's scale is the sum of the weight gradients times the levels. Delivered scales are
-rounded to float16, as they are stored.
+With W = scale * V the gradient of a group's scale is the sum of the weight gradients times the levels. In a product unit V
+are the codebook's entries: an entry's gradient is the sum of scale times weight gradient over the vectors that use it.
+Delivered scales and codebooks are rounded as they are stored.
 
 Limits: the trainer clips the gradients of the model's own parameters only, so those of the scales are not clipped. That does no
 harm with AdamW, whose step is at most about the learning rate however large a gradient is; it would with plain gradient descent.
@@ -16,15 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixbits.quant.grid import codes_of, compact_scale, expand_scale, group_sum, storable_scale
-from mixbits.quant.method import copy_into, stored_weights, trained_units
+from mixbits.quant import product
+from mixbits.quant.grid import codes_of, group_sum
+from mixbits.quant.method import TrainedUnit, copy_into, stored_weights, trained_units
+from mixbits.scales import compact_scale, expand_scale, storable_scale
 from mixbits.spec import BitAllocation, ModelInventory, QuantizedWeight
 
 
 class Refine:
-    """Method object that trains scales and unquantized parameters around fixed codes.
+    """Method object that trains scales, codebooks and unquantized parameters around fixed codes.
 
-    ``weights``: every quantized unit's codes and starting scales.
+    ``weights``: every quantized unit's codes, starting scales and codebook.
     """
 
     def __init__(
@@ -36,36 +39,60 @@ class Refine:
     ) -> None:
         self.units = trained_units(model, inventory, allocation)
         self.levels: dict[str, torch.Tensor] = {}
+        self.codes: dict[str, torch.Tensor] = {}
         self.scales: dict[str, nn.Parameter] = {}
+        self.codebooks: dict[str, nn.Parameter] = {}
         for unit in self.units:
-            table = torch.tensor(unit.spec.levels, dtype=torch.float32)
-            self.levels[unit.name] = table[weights[unit.name].codes.long()]
-            self.scales[unit.name] = nn.Parameter(
-                compact_scale(weights[unit.name].scales.float(), unit.spec, unit.matrix.shape[1]).clone()
-            )
+            weight = weights[unit.name]
+            if weight.codebook is None:
+                table = torch.tensor(unit.spec.levels, dtype=torch.float32)
+                self.levels[unit.name] = table[weight.codes.long()]
+            else:
+                self.codes[unit.name] = weight.codes.clone()
+                self.codebooks[unit.name] = nn.Parameter(weight.codebook.float().clone())
+            if unit.spec.has_scales:
+                compact = compact_scale(weight.scales.float(), unit.spec, weight.shape[1])
+                self.scales[unit.name] = nn.Parameter(compact.clone())
         self.before_forward(model)
 
     def parameters(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The scales, and every parameter that is not a quantized unit; no weight decay."""
+        """Scales, codebooks, and every parameter that is not a quantized unit; no weight decay."""
         quantized = {id(unit.parameter) for unit in self.units}
         others = [p for p in model.parameters() if id(p) not in quantized and p.requires_grad]
-        return [{"params": [*self.scales.values(), *others], "weight_decay": 0.0}]
+        return [{"params": [*self.scales.values(), *self.codebooks.values(), *others], "weight_decay": 0.0}]
+
+    def _stored_scale(self, unit: TrainedUnit) -> torch.Tensor | None:
+        """The present scales as they will be stored, compact; None for a unit without scales."""
+        scale = self.scales.get(unit.name)
+        return None if scale is None else storable_scale(scale.detach(), unit.spec)
+
+    def _stored_levels(self, unit: TrainedUnit) -> torch.Tensor:
+        """Levels (rows, cols), or the vectors of the codebook as it will be stored."""
+        if not unit.spec.is_product:
+            return self.levels[unit.name]
+        codebook = product.storable_codebook(self.codebooks[unit.name].detach())
+        return product.look_up(self.codes[unit.name], codebook, unit.matrix.shape[1])
 
     @torch.no_grad()
     def before_forward(self, model: nn.Module) -> None:
-        """Write scale * levels into the weights."""
+        """Write scale * levels into the weights, both as they will be stored."""
         for unit in self.units:
-            levels = self.levels[unit.name]
-            unit.put(levels * expand_scale(self.scales[unit.name], levels.shape[1], unit.spec))
+            levels, scale = self._stored_levels(unit), self._stored_scale(unit)
+            unit.put(levels if scale is None else levels * expand_scale(scale, levels.shape[1], unit.spec))
 
     @torch.no_grad()
     def after_backward(self, model: nn.Module) -> None:
-        """Turn weight gradients into scale gradients."""
+        """Turn weight gradients into those of scales and codebooks (straight through the rounding)."""
         for unit in self.units:
-            gradient = unit.gradient()
+            gradient, scale = unit.gradient(), self._stored_scale(unit)
             if gradient is None:
                 continue
-            self.scales[unit.name].grad = group_sum(gradient * self.levels[unit.name], unit.spec)
+            if scale is not None:
+                self.scales[unit.name].grad = group_sum(gradient * self._stored_levels(unit), unit.spec)
+            if unit.spec.is_product:
+                per_row = gradient.new_ones(1, 1) if scale is None else scale
+                sums = product.scaled_sums(gradient, self.codes[unit.name], per_row, unit.spec)
+                self.codebooks[unit.name].grad = sums
             unit.parameter.grad = None
 
     @torch.no_grad()
@@ -73,7 +100,8 @@ class Refine:
         """Keep the scales from turning negative and drop their gradients."""
         for scale in self.scales.values():
             scale.clamp_min_(0.0)
-            scale.grad = None
+        for parameter in (*self.scales.values(), *self.codebooks.values()):
+            parameter.grad = None
         return {}
 
     def delivered(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -81,21 +109,26 @@ class Refine:
         return stored_weights(model, self.units, self.quantized())
 
     def quantized(self) -> dict[str, QuantizedWeight]:
-        """The fixed codes with the present scales, rounded to float16."""
-        return {
-            u.name: QuantizedWeight(
-                u.spec,
-                codes_of(self.levels[u.name], u.spec),
-                storable_scale(self.scales[u.name].detach(), u.spec).flatten().clone(),
-            )
-            for u in self.units
-        }
+        """The fixed codes with the present scales and codebooks, rounded as they are stored."""
+        return {unit.name: self._quantized(unit) for unit in self.units}
+
+    def _quantized(self, unit: TrainedUnit) -> QuantizedWeight:
+        scale = self._stored_scale(unit)
+        flat = torch.empty(0) if scale is None else scale.flatten().clone()
+        if not unit.spec.is_product:
+            return QuantizedWeight(unit.spec, codes_of(self.levels[unit.name], unit.spec), flat)
+        codebook = product.storable_codebook(self.codebooks[unit.name].detach())
+        return QuantizedWeight(unit.spec, self.codes[unit.name].clone(), flat, codebook, unit.matrix.shape[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Scales and levels."""
-        return {"scales": {n: s.detach() for n, s in self.scales.items()}, "levels": self.levels}
+        """Scales, codebooks, and the fixed levels and codes."""
+        trained = {"scales": self.scales, "codebooks": self.codebooks}
+        found = {key: {n: p.detach() for n, p in values.items()} for key, values in trained.items()}
+        return {**found, "levels": self.levels, "codes": self.codes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` saved."""
-        copy_into({n: s.data for n, s in self.scales.items()}, state["scales"])
+        for key, values in (("scales", self.scales), ("codebooks", self.codebooks)):
+            copy_into({n: p.data for n, p in values.items()}, state[key])
         copy_into(self.levels, state["levels"])
+        copy_into(self.codes, state["codes"])
