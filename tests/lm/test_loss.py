@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixbits.lm import loss as loss_module
-from mixbits.lm.loss import evaluation_mode, has_plain_head, mean_loss, token_nll, training_loss
+from mixbits.lm.loss import evaluation_mode, has_plain_head, hidden_state_error, mean_loss, token_nll, training_loss
 
 VOCABULARY = 37
 # Largest difference from the reference, relative to the largest entry: (loss, gradients).
@@ -62,14 +62,14 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(loss_module, "_SCORE_CHUNK_ELEMENTS", 5 * VOCABULARY)
 
 
-def reference_loss(model, ids, teacher=None, weight=0.0):
+def reference_loss(model, ids, teacher=None, weight=0.0, temperature=1.0):
     logits = model(input_ids=ids[:, :-1]).logits.flatten(0, 1)
     result = F.cross_entropy(logits, ids[:, 1:].reshape(-1))
     if teacher is None:
         return result
-    p = teacher(input_ids=ids[:, :-1]).logits.flatten(0, 1).detach().softmax(-1)
-    kl = (p * (p.log() - logits.log_softmax(-1))).sum(-1).mean()
-    return (1 - weight) * result + weight * kl
+    p = (teacher(input_ids=ids[:, :-1]).logits.flatten(0, 1).detach() / temperature).softmax(-1)
+    kl = (p * (p.log() - (logits / temperature).log_softmax(-1))).sum(-1).mean()
+    return (1 - weight) * result + weight * temperature**2 * kl
 
 
 def assert_same(model, got_loss, expected_loss, dtype):
@@ -101,6 +101,86 @@ def test_distillation(kind, other, weight, ids, short_chunks):
     model, teacher = make(kind).to(dtype), make(other, seed=3).to(dtype).eval()
     got = training_loss(model, ids, teacher=teacher, teacher_weight=weight)
     assert_same(model, got, reference_loss(model, ids, teacher, weight), dtype)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+@pytest.mark.parametrize(("kind", "other"), [("opt", "llama"), ("llama", "gemma2"), ("cohere", "opt")])
+def test_temperature_against_autograd(kind, other, weight, temperature, ids, short_chunks):
+    dtype = torch.float32 if kind in OTHER else torch.float64
+    model, teacher = make(kind).to(dtype), make(other, seed=3).to(dtype).eval()
+    got = training_loss(model, ids, teacher=teacher, teacher_weight=weight, temperature=temperature)
+    assert_same(model, got, reference_loss(model, ids, teacher, weight, temperature), dtype)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("vocabulary", [31, 32, 33])
+def test_vocabularies_around_whole_cache_lines(vocabulary, temperature, ids):
+    """Buffers are padded past the vocabulary; the padding must get no probability and no gradient."""
+    model, teacher = make("opt", vocab_size=vocabulary).double(), make("opt", 3, vocab_size=vocabulary).double().eval()
+    ids = ids % vocabulary
+    assert_same(model, training_loss(model, ids), reference_loss(model, ids), torch.float64)
+    got = training_loss(model, ids, teacher=teacher, teacher_weight=0.5, temperature=temperature)
+    assert_same(model, got, reference_loss(model, ids, teacher, 0.5, temperature), torch.float64)
+
+
+def layer_states(model, ids):
+    """Outputs of the two layers after the model's own last norm, by hooks."""
+    seen, body = [], model.base_model
+    layers = body.decoder.layers if hasattr(body, "decoder") else body.layers
+    hooks = [
+        layer.register_forward_hook(lambda m, a, out: seen.append(out if isinstance(out, torch.Tensor) else out[0]))
+        for layer in layers
+    ]
+    last = body(input_ids=ids[:, :-1]).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    return [*seen[:-1], last]
+
+
+@pytest.mark.parametrize("layers", ["last", "all"])
+@pytest.mark.parametrize(("kind", "other"), [("opt", "opt"), ("llama", "opt"), ("cohere", "llama"), ("opt", "gemma2")])
+def test_hidden_states_join_the_loss(kind, other, layers, ids, short_chunks):
+    dtype = torch.float64 if kind == "opt" and other == "opt" else torch.float32  # RMSNorm is float32 inside
+    model, teacher = make(kind).to(dtype), make(other, seed=3).to(dtype).eval()
+    options = {"teacher": teacher, "hidden_weight": 0.7, "hidden_layers": layers}
+    mine, theirs = layer_states(model, ids), layer_states(teacher, ids)
+    if layers == "last":
+        mine, theirs = mine[-1:], theirs[-1:]
+    expected = 0.0
+    for a, b in zip(mine, theirs, strict=True):
+        b = b.detach().reshape(-1, 16)
+        expected = expected + ((a.reshape(-1, 16) - b) ** 2).mean() / b.var(0, unbiased=False).mean() / len(mine)
+    got = training_loss(model, ids, teacher_weight=0.4, **options)
+    assert_same(model, got, reference_loss(model, ids, teacher, 0.4) + 0.7 * expected, dtype)
+    got = training_loss(model, ids, **options)  # hidden states alone, no teacher logits
+    assert_same(model, got, reference_loss(model, ids) + 0.7 * expected, dtype)
+
+
+def test_one_teacher_pass_serves_logits_and_hidden_states(ids):
+    model, teacher, passes = make("opt"), make("llama", seed=3).eval(), []
+    has_plain_head(teacher)
+    teacher.base_model.register_forward_hook(lambda *_: passes.append(1))
+    for layers in ("last", "all"):
+        training_loss(model, ids, teacher=teacher, teacher_weight=0.5, hidden_weight=1.0, hidden_layers=layers)
+    assert len(passes) == 2
+
+
+def test_known_teacher_states_save_its_pass(ids):
+    model, teacher = make("opt").double(), make("llama", seed=3).double().eval()
+    known = teacher.base_model(input_ids=ids[:, :-1]).last_hidden_state.detach()
+    options = {"teacher": teacher, "teacher_weight": 0.5, "hidden_weight": 0.5}
+    expected = training_loss(model, ids, **options)
+    teacher.base_model.register_forward_hook(lambda *_: pytest.fail("ran"))
+    assert torch.equal(training_loss(model, ids, **options, teacher_hidden=known), expected)
+
+
+def test_the_mean_state_has_a_hidden_error_of_one():
+    states = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)).double() * 7
+    mean = states.flatten(0, 1).mean(0).expand_as(states)
+    assert hidden_state_error([mean], [states]).item() == pytest.approx(1.0)
+    assert hidden_state_error([states, mean], [states, states]).item() == pytest.approx(0.5)
+    assert hidden_state_error([states.float()], [states.float()]).dtype == torch.float32
 
 
 def test_a_teacher_of_no_weight_is_not_asked(ids):
