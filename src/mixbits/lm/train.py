@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,19 +25,15 @@ from transformers.trainer_callback import TrainerState
 from mixbits.errors import DataError, FormatError, SpecError
 from mixbits.lm.checkpoint import quiet_transformers
 from mixbits.lm.corpus import BlockDataset, TokenStream
+from mixbits.lm.precision import run_precision
 from mixbits.lm.progress import TrainingProgress
+from mixbits.lm.teacher_cache import IndexedBlocks, TeacherCache, can_cache
 from mixbits.lm.train_settings import TrainSettings
-from mixbits.lm.trainer import MARKER_FILE, AfterStep, LMTrainer, TrainingMethod
+from mixbits.lm.trainer import MARKER_FILE, AfterStep, LMTrainer, TrainingMethod, last_complete_checkpoint
 
 __all__ = ["TrainSettings", "TrainingMethod", "last_complete_checkpoint", "train_model"]
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-
-
-def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint whose marker was written, or None."""
-    marked = [p.parent for p in Path(folder).glob(f"checkpoint-*/{MARKER_FILE}")]
-    return max(marked, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -110,11 +106,39 @@ def _check(model: Any, teacher: Any, settings: TrainSettings) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and settings.context > limit:
         raise SpecError(f"context is {settings.context} tokens, the model's own at most {limit}; lower context")
-    if teacher is not None and teacher.config.get_text_config().vocab_size != config.vocab_size:
+    if teacher is None:
+        if settings.hidden_weight:
+            raise SpecError(
+                f"hidden_weight is {settings.hidden_weight:g} and there is no teacher; give one, or set it to 0"
+            )
+        return
+    other = teacher.config.get_text_config()
+    if other.vocab_size != config.vocab_size:
         raise SpecError(
-            f"teacher has {teacher.config.get_text_config().vocab_size} words, student {config.vocab_size}; "
+            f"teacher has {other.vocab_size} words, student {config.vocab_size}; "
             "distillation needs the same tokenizer for both"
         )
+    depths, widths = (other.num_hidden_layers, config.num_hidden_layers), (other.hidden_size, config.hidden_size)
+    if settings.hidden_weight and widths[0] != widths[1]:
+        raise SpecError(
+            f"teacher has hidden size {widths[0]}, student {widths[1]}; hidden_weight needs the same for both"
+        )
+    if settings.hidden_weight and settings.hidden_layers == "all" and depths[0] != depths[1]:
+        raise SpecError(
+            f"teacher has {depths[0]} layers, student {depths[1]}; hidden_layers all needs the same for both; set it to last"
+        )
+
+
+def _teacher_cache(teacher: Any, settings: TrainSettings, num_blocks: int, precision: str) -> TeacherCache | None:
+    """A cache where blocks come back, and where the teacher's last hidden state is all that is asked for."""
+    last_only = settings.hidden_weight == 0 or settings.hidden_layers == "last"
+    if teacher is None or not settings.needs_teacher or not last_only or settings.epochs <= 1:
+        return None
+    if settings.teacher_cache_mib == 0 or not can_cache(teacher):
+        return None
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float16
+    limit = settings.teacher_cache_mib << 20
+    return TeacherCache(teacher, num_blocks, settings.context, limit_bytes=limit, dtype=dtype)
 
 
 def train_model(
@@ -133,9 +157,9 @@ def train_model(
     """Train ``model`` in place; afterwards it holds the weights (and the method the state) of the best validation loss.
 
     ``folder`` receives checkpoints; with ``resume`` training goes on from the newest complete one, and a finished run only
-    gives back its best weights. Returns {"valid_nats", "steps", "log"}. Raises DataError when the loss is not finite, a text is
-    too short, or there are checkpoints and resume is not asked for; SpecError when a teacher's vocabulary differs or
-    ``settings.context`` is more than the model's.
+    gives back its best weights. Returns {"valid_nats", "steps", "log", "precision"}. Raises DataError when loss or gradients are not
+    finite or explode (`mixbits.lm.guards`), a text is too short, or there are checkpoints and resume is not asked for or asks for
+    another precision; SpecError when a teacher's vocabulary or shape differs or ``settings.context`` is more than the model's.
     """
     _keep_freed_memory()
     folder = Path(folder)
@@ -150,6 +174,8 @@ def train_model(
     _remove_unfinished(folder)
     if teacher is not None:
         teacher.eval().requires_grad_(False)
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = run_precision(settings.precision, device, folder, started=checkpoint is not None)
     arguments = _arguments(settings, folder, math.ceil(len(blocks) / settings.batch_size))
     progress = TrainingProgress(title, settings.batch_size * settings.context, show=show_progress)
     callbacks: list[TrainerCallback] = [progress]
@@ -157,9 +183,11 @@ def train_model(
         callbacks.append(EarlyStoppingCallback(settings.patience))
     with _random_state_kept(), quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        cache = _teacher_cache(teacher, settings, len(blocks), precision)
         trainer = LMTrainer(
-            model=model, args=arguments, train_dataset=blocks, eval_dataset=valid, callbacks=callbacks, method=method,
-            teacher=teacher, teacher_weight=settings.teacher_weight, precision=getattr(torch, settings.precision),
+            model=model, args=arguments, train_dataset=blocks if cache is None else IndexedBlocks(blocks),
+            eval_dataset=valid, callbacks=callbacks, method=method, teacher=teacher, cache=cache,
+            settings=settings, precision=getattr(torch, precision),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         if method is not None:
@@ -170,7 +198,12 @@ def train_model(
             progress.stop()
     state = trainer.state
     assert state.best_metric is not None
-    return {"valid_nats": float(state.best_metric), "steps": state.global_step, "log": state.log_history}
+    return {
+        "valid_nats": float(state.best_metric),
+        "steps": state.global_step,
+        "log": state.log_history,
+        "precision": precision,
+    }
 
 
 def _run(trainer: LMTrainer, checkpoint: Path | None, folder: Path) -> None:

@@ -24,10 +24,25 @@ from transformers import Trainer, TrainerCallback
 
 from mixbits.errors import DataError
 from mixbits.lm.corpus import BlockDataset
+from mixbits.lm.guards import (
+    describe_forward,
+    describe_gradients,
+    exploded_training,
+    exploded_validation,
+    first_bad_parameter,
+)
 from mixbits.lm.loss import evaluation_mode, token_nll, training_loss
+from mixbits.lm.teacher_cache import TeacherCache
+from mixbits.lm.train_settings import TrainSettings
 
 MARKER_FILE = "mixbits_complete"
 METHOD_FILE = "mixbits_method.pt"
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint whose marker was written, or None."""
+    marked = [p.parent for p in Path(folder).glob(f"checkpoint-*/{MARKER_FILE}")]
+    return max(marked, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
 class TrainingMethod(Protocol):
@@ -90,13 +105,14 @@ class LMTrainer(Trainer):
         *args: Any,
         method: TrainingMethod | None,
         teacher: Any,
-        teacher_weight: float,
+        settings: TrainSettings,
         precision: torch.dtype,
+        cache: TeacherCache | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.method, self.teacher, self.teacher_weight = method, teacher, teacher_weight
-        self.precision = precision
+        self.method, self.teacher, self.settings = method, teacher, settings
+        self.precision, self.cache = precision, cache
         self.lm: Any = self.model
         self.loss_is_scaled_for_ga = False  # training_loss is a per-batch mean
 
@@ -125,16 +141,23 @@ class LMTrainer(Trainer):
             {"params": [p for decay, p in named if not decay], "weight_decay": 0.0},
         ]
 
-    def trained_parameters(self) -> list[nn.Parameter]:
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """All parameters the optimizer steps: the model's in its own order, then those that only the method owns."""
         assert self.optimizer is not None
         stepped = {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
-        own = [stepped.pop(id(p)) for p in self.lm.parameters() if id(p) in stepped]
-        return own + list(stepped.values())
+        named = [(name, stepped.pop(id(p))) for name, p in self.lm.named_parameters() if id(p) in stepped]
+        return named + [(f"the method's parameter {i} {tuple(p.shape)}", p) for i, p in enumerate(stepped.values())]
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """Clip the norm over everything the optimizer steps; returns the norm before."""
-        return nn.utils.clip_grad_norm_(self.trained_parameters(), self.args.max_grad_norm)
+        named = self.trained_parameters()
+        gradients = [p.grad for _, p in named if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if not math.isfinite(float(norm)):
+            where = describe_gradients(named)
+            raise self._stopped(f"gradient norm is {float(norm)} at step {self.state.global_step + 1}", where)
+        nn.utils.clip_grads_with_norm_([p for _, p in named], self.args.max_grad_norm, norm)
+        return norm
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Autocast for the forward pass."""
@@ -144,30 +167,69 @@ class LMTrainer(Trainer):
         return stack
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Chunked cross-entropy, with the teacher's distribution mixed in."""
-        return training_loss(model, inputs["input_ids"], teacher=self.teacher, teacher_weight=self.teacher_weight)
+        """Chunked cross-entropy, with the teacher's distribution and hidden states mixed in."""
+        ids, settings, known = inputs["input_ids"], self.settings, None
+        if self.cache is not None:
+            known = self.cache.states(inputs["index"], ids[:, :-1])
+        return training_loss(
+            model, ids, teacher=self.teacher, teacher_weight=settings.teacher_weight,
+            temperature=settings.teacher_temperature, hidden_weight=settings.hidden_weight,
+            hidden_layers=settings.hidden_layers, teacher_hidden=known,
+        )  # fmt: skip
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward with the method's hooks around it; stops on a loss that is not finite."""
-        for parameter in self.trained_parameters():
+        for _, parameter in self.trained_parameters():
             parameter.grad = None  # Trainer clears the model's own ones only
         if self.method:
             self.method.before_forward(self.lm)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        loss = self._forward_backward(model, inputs, *args, **kwargs)
         if self.method:
             self.method.after_backward(self.lm)
             if isinstance(self.method, SecondGradient) and self.method.second_gradient(self.lm):
-                super().training_step(model, inputs, *args, **kwargs)
+                self._forward_backward(model, inputs, *args, **kwargs)
                 self.method.after_backward(self.lm)
-        self._check_finite("training", float(loss), self.state.global_step + 1)
         return loss
 
-    def _check_finite(self, kind: str, loss: float, step: int) -> None:
+    def _forward_backward(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trainer's step; the weights that gave a bad loss are still in place when the layer is looked for."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._check_finite("training", float(loss), self.state.global_step + 1, inputs["input_ids"])
+        return loss
+
+    def _check_finite(self, kind: str, loss: float, step: int, input_ids: torch.Tensor) -> None:
         if not math.isfinite(loss):
-            raise DataError(
-                f"{kind} loss is {loss} at step {step}; expected a finite value: train again with a lower learning_rate "
-                f"(now {self.args.learning_rate:g}); the last good checkpoint is kept in {self.args.output_dir}"
-            )
+            with self.compute_loss_context_manager():
+                where = describe_forward(self.lm, input_ids[:, :-1].to(self.args.device))
+            raise self._stopped(f"{kind} loss is {loss} at step {step}", where)
+
+    def _stopped(self, what: str, where: str = "") -> DataError:
+        """The error that ends a run gone wrong: what, where, which checkpoints are good, what to do."""
+        newest, kept = last_complete_checkpoint(self.args.output_dir or "."), "no checkpoint was written yet"
+        if newest is not None:
+            kept = f"the last good checkpoint is kept: {newest}"
+            if self.state.best_metric is not None:
+                kept += (
+                    f" (best: checkpoint-{self.state.best_global_step}, {self.state.best_metric:.4g} nats per token)"
+                )
+        return DataError(
+            f"{what}{where}; expected a finite and falling value: train again with a lower learning_rate "
+            f"(now {self.args.learning_rate:g}); {kept}"
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's log; stops when the losses in it have exploded."""
+        super().log(logs, *args, **kwargs)
+        history, vocabulary = self.state.log_history, self.lm.config.get_text_config().vocab_size
+        problem = None
+        if "loss" in logs:
+            problem = exploded_training([e["loss"] for e in history if "loss" in e], vocabulary)
+        elif "eval_loss" in logs:
+            # what a method delivers may be poor for a while, between what it trains and its grid
+            losses, patience = [e["eval_loss"] for e in history if "eval_loss" in e], 2 if self.method else 1
+            problem = exploded_validation(losses, vocabulary, patience=patience)
+        if problem is not None:
+            raise self._stopped(f"{problem} at step {self.state.global_step}")
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -183,13 +245,16 @@ class LMTrainer(Trainer):
                 rows = torch.stack([blocks[i]["input_ids"] for i in range(start, min(start + batch, len(blocks)))])
                 nll = token_nll(self.lm, rows.to(self.args.device))
                 total, count = total + float(nll.double().sum()), count + nll.numel()
-        self._check_finite("validation", total / count, self.state.global_step)
+                self._check_finite("validation", total / count, self.state.global_step, rows)
         metrics = {f"{metric_key_prefix}_loss": total / count}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        bad = first_bad_parameter(self.trained_parameters())
+        if bad is not None:
+            raise self._stopped(f"{bad} is not finite at step {self.state.global_step}")
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
         if self.method:

@@ -1,0 +1,109 @@
+"""What stops a training run that has gone wrong, and how the place is named.
+
+A loss or gradient that is not finite, and a loss that explodes, end the run with a DataError before the state is written, so that every
+checkpoint on disk is a good one. The first bad place is found by looking at the parameters, then at every module's output in the
+order of the forward pass (dropout off, one sequence at a time), and for gradients by the parameter nearest the output.
+
+Limits: a value that is only bad with dropout on is reported without a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixbits.lm.loss import evaluation_mode
+
+_EXPLODED_LOGS = 3
+
+
+def _finite(value: Any) -> bool:
+    """True when every floating-point tensor in a module's output is finite."""
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, dict):
+        return all(_finite(v) for v in value.values())
+    if isinstance(value, (tuple, list)):
+        return all(_finite(v) for v in value)
+    return True
+
+
+def first_bad_parameter(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Name of the first tensor that is not finite, or None."""
+    return next((name for name, tensor in named if not _finite(tensor.detach())), None)
+
+
+@torch.no_grad()
+def first_bad_module(model: Any, inputs: torch.Tensor) -> str | None:
+    """Name of the first module in the forward pass of ``inputs`` (B, T) whose output is not finite, or None."""
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and not _finite(output):
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        with evaluation_mode(model):
+            for row in inputs:
+                model(input_ids=row[None], use_cache=False)
+                if found:
+                    return found[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return None
+
+
+def describe_forward(model: Any, inputs: torch.Tensor) -> str:
+    """Where a forward pass goes wrong: '; first not finite: ...'."""
+    bad = first_bad_parameter(model.named_parameters())
+    if bad is not None:
+        return f"; first not finite: the weights {bad}"
+    module = first_bad_module(model, inputs)
+    return "; no single layer's output is to blame" if module is None else f"; first not finite: the output of {module}"
+
+
+def describe_gradients(named: Sequence[tuple[str, torch.Tensor]]) -> str:
+    """The parameter with a bad gradient that is nearest the output, where the backward pass went wrong."""
+    bad = [name for name, p in named if p.grad is not None and not _finite(p.grad)]
+    if not bad:
+        return "; every single gradient is finite, their norm is not"
+    return f"; first not finite in the backward pass: the gradient of {bad[-1]} ({len(bad)} of {len(named)} are not)"
+
+
+def exploded_training(losses: Sequence[float], vocabulary: int) -> str | None:
+    """What to say when the last logged training losses are all far above what was reached, else None.
+
+    Far above: more than 3 ln(vocabulary) and more than 10 times the lowest before them, three logs in a row.
+    """
+    last, before = losses[-_EXPLODED_LOGS:], losses[:-_EXPLODED_LOGS]
+    if not before:
+        return None
+    limit = max(3 * math.log(vocabulary), 10 * min(before))
+    if min(last) <= limit:
+        return None
+    shown = ", ".join(f"{loss:.4g}" for loss in last)
+    return f"training loss exploded: {shown} in the last {len(last)} logs, the lowest before was {min(before):.4g} (limit {limit:.4g})"
+
+
+def exploded_validation(losses: Sequence[float], vocabulary: int, *, patience: int) -> str | None:
+    """What to say when validation has risen above guessing by more than 2 nats after having been below, else None.
+
+    ``patience``: that many validations in a row.
+    """
+    limit = math.log(vocabulary) + 2
+    last, before = losses[-patience:], losses[:-patience]
+    if not before or min(before) > limit or min(last) <= limit:
+        return None
+    return (
+        f"validation loss rose to {last[-1]:.4g} nats per token after {min(before):.4g}; guessing among {vocabulary:,} words "
+        f"costs {math.log(vocabulary):.4g} (limit {limit:.4g})"
+    )
