@@ -93,14 +93,12 @@ def draw_front(front: Mapping[str, Any], path: str | Path, *, measured: Sequence
             axes.plot(
                 *zip(*uniform, strict=True), "s", ms=6, mfc="none", color=_UNIFORM, label="uniform bits, predicted"
             )
-        for entry, at in zip(front["uniform"], uniform, strict=True):
-            _label(axes, _short(entry["spec"]), at, _UNIFORM)
         if measured:
             points = [(m.bytes, m.nats) for m in measured]
             axes.plot(*zip(*points, strict=True), "D", ms=5, color=_MEASURED, label="measured after training")
-            for m in measured:
-                _label(axes, clip(m.name, 24), (m.bytes, m.nats), _MEASURED)
         _scale(axes, [*learned, *uniform, *((m.bytes, m.nats) for m in measured)], front["full_bytes"])
+        _labels(axes, [(_short(u["spec"]), at) for u, at in zip(front["uniform"], uniform, strict=True)], _UNIFORM)
+        _labels(axes, [(clip(m.name, 24), (m.bytes, m.nats)) for m in measured], _MEASURED)
         axes.set_ylabel("loss increase, nats per token")
         axes.set_title(f"Bytes against loss, {clip(str(front['measure']))} sensitivities", loc="left", weight="bold")
         axes.legend(frameon=False)
@@ -117,8 +115,20 @@ def _short(spec: str) -> str:
     return spec.removesuffix("-row").removesuffix("-papers")
 
 
-def _label(axes: Axes, text: str, at: tuple[float, float], colour: str) -> None:
-    axes.annotate(text, at, xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=colour)
+def _labels(axes: Axes, points: Sequence[tuple[str, tuple[float, float]]], colour: str) -> None:
+    """A text beside each point, on the side with room; a point that lies upon the one before shares its text."""
+    low, high = axes.get_xlim()
+    last, texts = None, dict[tuple[float, float], list[str]]()
+    for text, at in sorted(points, key=lambda point: point[1]):
+        if last is None or at[0] > 1.04 * last[0] or not 0.5 * at[1] <= last[1] <= 2 * at[1]:
+            last = at
+        texts.setdefault(last, []).append(text)
+    for at, names in texts.items():
+        right = at[0] < low * (high / low) ** 0.75
+        axes.annotate(
+            ", ".join(names), at, xytext=(6 if right else -6, 5), textcoords="offset points",
+            ha="left" if right else "right", fontsize=7.5, color=colour,
+        )  # fmt: skip
 
 
 def _scale(axes: Axes, points: Sequence[tuple[float, float]], full_bytes: float) -> None:
@@ -135,5 +145,10 @@ def _scale(axes: Axes, points: Sequence[tuple[float, float]], full_bytes: float)
     if min(losses) > 0:
         axes.set_yscale("log")
     elif positive:
-        axes.set_yscale("symlog", linthresh=positive[len(positive) // 10])
+        linear = positive[len(positive) // 10]
+        axes.set_yscale("symlog", linthresh=linear)
+        axes.set_ylim(
+            min(losses) - 0.5 * linear if min(losses) == 0 else 1.5 * min(losses), 3 * max(max(losses), linear)
+        )
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(visible=True, color=_GRID, lw=0.6)
