@@ -38,6 +38,7 @@ COMMANDS: dict[str, str] = {
     "train": "Train a language model from scratch on plain text.",
     "evaluate": "Perplexity of a model, alone or against a reference model.",
     "measure": "Measure how sensitive each unit is to quantization.",
+    "search": "Learn the bits of each unit by training all candidates at once.",
     "allocate": "Choose bits per unit under an exact byte budget.",
     "quantize": "Train a model quantized, with given bits per unit.",
     "compress": "Measure, allocate, quantize, pack: a model in, a small one out.",
