@@ -21,6 +21,7 @@ from mixbits.spec import (
     predicted_bytes,
     safetensors_header,
     stored_tensors,
+    unit_tensors,
 )
 
 EMBED = Unit("embed", "embed.weight", 10, 8, "embedding", ("lm_head",))
@@ -82,6 +83,69 @@ def test_unit_bytes_counts_scales_per_row_or_per_tensor():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("2-g4", 20 + 2 * 10 * 2),
+        ("2-g5", 20 + 2 * 10 * 2),  # groups of 5 and 3 columns
+        ("2-g64", 20 + 2 * 10),  # wider than a row: one group
+        ("2-g4-s8", 20 + 10 * 2 + 2 * 10),
+        ("2-row-s8", 20 + 10 + 2),
+        ("1.58-row-s8", 16 + 10 + 2),
+        ("1-product-v8", 10 + 10 + 2 + 2 * 256 * 8),
+        ("0.5-product-v16", 10 + 10 + 2 + 2 * 256 * 16),
+        ("2.67-product-v3-tensor", 10 * 3 + 2 * 256 * 3),
+    ],
+)
+def test_unit_bytes_of_groups_bytes_and_codebooks(text, expected):
+    spec = QuantSpec.parse(text)
+    assert spec.unit_bytes(10, 8) == expected
+    assert sum(t.num_bytes for t in unit_tensors(EMBED, spec)) == expected
+
+
+def test_unit_tensors_name_what_is_stored():
+    assert unit_tensors(EMBED, QuantSpec.parse("2-g5-s8")) == (
+        StoredTensor("embed.scales", "F16", (10,)),
+        StoredTensor("embed.scale_codes", "U8", (20,)),
+        StoredTensor("embed.weight", "U8", (20,)),
+    )
+    assert unit_tensors(EMBED, QuantSpec.parse("0.667-product-v12")) == (
+        StoredTensor("embed.scales", "F16", (1,)),
+        StoredTensor("embed.codebook", "F16", (256, 12)),
+        StoredTensor("embed.scale_codes", "U8", (10,)),
+        StoredTensor("embed.weight", "U8", (10,)),
+    )
+    assert [t.name for t in unit_tensors(EMBED, QuantSpec.parse("1-v8-tensor"))] == ["embed.codebook", "embed.weight"]
+
+
+def test_file_order_is_floats_then_bytes():
+    allocation = BitAllocation({"embed": QuantSpec.parse("1-v8"), "conv": QuantSpec.parse("2-g2-s8")})
+    names = [t.name for t in stored_tensors(INVENTORY, allocation)]
+    assert names == [
+        *["embed.scales", "embed.codebook", "conv.scales", "conv.bias", "positions"],
+        *["embed.scale_codes", "embed.weight", "conv.scale_codes", "conv.weight"],
+    ]
+
+
+def test_product_has_no_levels():
+    spec = QuantSpec(0.5)
+    assert (spec.grid, spec.vector_size, spec.num_levels, spec.code_bits) == ("product", 16, 256, 8)
+    with pytest.raises(SpecError, match=r"no levels.*codebook"):
+        _ = spec.levels
+    assert QuantSpec(1, "product") == QuantSpec.parse("1-v8") == QuantSpec.parse("1-product")
+
+
+def test_uniform_keeps_four_bits_for_positions():
+    table = Unit("model.embed_positions", "model.embed_positions.weight", 6, 8, "embedding")
+    inventory = ModelInventory((EMBED, table, Unit("transformer.wpe", "w", 6, 8, "embedding")), ())
+    for low in (QuantSpec(2), QuantSpec.parse("0.5-v16"), QuantSpec(1.58, granularity="tensor")):
+        specs = BitAllocation.uniform(inventory, low).specs
+        assert specs == {"embed": low, table.name: QuantSpec(4), "transformer.wpe": QuantSpec(4)}
+    for high in (QuantSpec(4, "half-step"), QuantSpec(8), QuantSpec(16)):
+        assert set(BitAllocation.uniform(inventory, high).specs.values()) == {high}
+    assert not Unit("position_head", "w", 6, 8, "linear").is_position_table
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
         ("2", QuantSpec(2, "half-step")),
         (2, QuantSpec(2)),
         (1.58, QuantSpec(1.58)),
@@ -91,6 +155,15 @@ def test_unit_bytes_counts_scales_per_row_or_per_tensor():
         ("3-papers-tensor", QuantSpec(3, "papers", "tensor")),
         ("2-half-step-row", QuantSpec(2)),
         ("16", QuantSpec(16)),
+        ("2-half-step-g64", QuantSpec(2, granularity="group", group_size=64)),
+        ("2-g64", QuantSpec(2, granularity="group", group_size=64)),
+        ("2-half-step-g64s8", QuantSpec(2, "half-step", "group", 64, 8)),
+        ("2-g64-s8", QuantSpec(2, "half-step", "group", 64, 8)),
+        ("1.58-papers-row-s8", QuantSpec(1.58, scale_bits=8)),
+        ("2-s8", QuantSpec(2, scale_bits=8)),
+        ("0.5", QuantSpec(0.5, "product")),
+        ("0.667-product-v12", QuantSpec(8 / 12, "product")),
+        ("0.5-v16-tensor", QuantSpec(0.5, "product", "tensor")),
     ],
 )
 def test_parse(text, expected):
@@ -98,7 +171,14 @@ def test_parse(text, expected):
 
 
 @pytest.mark.parametrize(
-    "spec", [QuantSpec(w, granularity=g) for w in (1, 1.58, 2, 3, 4, 8, 16) for g in ("row", "tensor")], ids=str
+    "spec",
+    [
+        *[QuantSpec(w, granularity=g) for w in (1, 1.58, 2, 3, 4, 8, 16) for g in ("row", "tensor")],
+        *[QuantSpec(w, "", "group", size, bits) for w in (1, 1.58, 2, 8) for size in (2, 64) for bits in (8, 16)],
+        *[QuantSpec(8 / v, "product", g) for v in range(2, 65) for g in ("row", "tensor")],
+        QuantSpec(3, scale_bits=8),
+    ],
+    ids=str,
 )
 def test_parse_inverts_str(spec):
     assert QuantSpec.parse(str(spec)) == spec
@@ -116,6 +196,22 @@ def test_parse_inverts_str(spec):
         ("2-cubic", "unknown grid 'cubic'"),
         ("16-half-step", "does not exist"),
         ("2-half-step-column", "unknown grid"),
+        ("2-g0", "group_size is 0"),
+        ("2-g1", "group_size is 1"),
+        ("2-g99999999", "group_size is 99999999"),
+        ("2-g-64", "unknown grid 'g-64'"),
+        ("2-g9999999999", "unknown grid"),
+        ("2-row-g64", "unknown grid 'row'"),
+        ("2-half-steps8", "unknown grid"),
+        ("2-tensor-s8", "single scale per tensor"),
+        ("16-g64", "no scales"),
+        ("16-s8", "no scales"),
+        ("0.5-product-v8", "8 columns is not 0.5 bits"),
+        ("0.5-v0", "0 columns is not 0.5 bits"),
+        ("2-half-step-v8", "belongs to grid 'product'"),
+        ("0.5-v16-g4", "got 'group'"),
+        ("0.001", "does not exist on grid 'product'"),
+        ("0.3-product", "does not exist on grid 'product'"),
     ],
 )
 def test_parse_refuses(text, message):
@@ -126,6 +222,14 @@ def test_parse_refuses(text, message):
 def test_bad_granularity_and_parse_specs():
     with pytest.raises(SpecError, match="granularity is 'column'"):
         QuantSpec(2, granularity="column")  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="group_size is None"):
+        QuantSpec(2, granularity="group")
+    with pytest.raises(SpecError, match="group_size is True"):
+        QuantSpec(2, granularity="group", group_size=True)
+    with pytest.raises(SpecError, match=r"group_size is 64 but granularity is 'row'"):
+        QuantSpec(2, group_size=64)
+    with pytest.raises(SpecError, match="scale_bits is 4"):
+        QuantSpec(2, scale_bits=4)  # type: ignore[arg-type]
     assert parse_specs(["2", 1, "2-half-step-row"]) == (QuantSpec(2), QuantSpec(1))
 
 

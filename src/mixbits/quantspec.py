@@ -34,6 +34,7 @@ NUM_CENTROIDS = 256
 """Vectors in the codebook of a product unit: one byte an index."""
 MIN_GROUP_SIZE, MAX_GROUP_SIZE = 2, 1 << 16
 MIN_VECTOR_SIZE, MAX_VECTOR_SIZE = 2, 64
+_WIDTH_TOLERANCE = 0.005  # 8 / 12 bits may be written 0.667
 
 
 def default_grid(bit_width: float) -> Grid:
@@ -84,7 +85,7 @@ class QuantSpec:
 
     def _check_product(self) -> None:
         size = round(8 / self.bit_width) if math.isfinite(self.bit_width) and self.bit_width > 0.01 else 0
-        if not MIN_VECTOR_SIZE <= size <= MAX_VECTOR_SIZE or abs(self.bit_width - 8 / size) > 0.005:
+        if not MIN_VECTOR_SIZE <= size <= MAX_VECTOR_SIZE or abs(self.bit_width * size / 8 - 1) > _WIDTH_TOLERANCE:
             raise SpecError(
                 f"bit width {self.bit_width!r} does not exist on grid 'product'; it has 8 / v bits for vectors of v = "
                 f"{MIN_VECTOR_SIZE} .. {MAX_VECTOR_SIZE} columns, e.g. 1 (v8) or 0.5 (v16)"
@@ -219,7 +220,7 @@ class QuantSpec:
         granularity = "group" if found["group"] else found["granularity"] or "row"
         if found["vector"]:
             grid, vector_size = grid or "product", int(found["vector"])
-            if grid == "product" and not (vector_size and abs(width - 8 / vector_size) <= 0.005):
+            if grid == "product" and not (vector_size and abs(width * vector_size / 8 - 1) <= _WIDTH_TOLERANCE):
                 raise SpecError(
                     f"{text!r}: one byte per {vector_size} columns is not {first} bits; write e.g. 0.5-product-v16"
                 )

@@ -8,13 +8,17 @@ from scipy.optimize import minimize_scalar
 from mixbits.errors import DataError, SpecError
 from mixbits.quant.grid import (
     best_scale,
+    compact_scale,
     dequantize,
     expand_scale,
     fake_quantize,
+    group_max,
+    group_sum,
     nearest_levels,
     perturbation,
     project,
     quantize_weight,
+    storable_scale,
 )
 from mixbits.spec import QuantizedWeight, QuantSpec
 
@@ -23,6 +27,19 @@ ALL = [
     for w, g in [(1, ""), (1.58, ""), (2, ""), (3, ""), (4, ""), (8, ""), (3, "half-step"), (4, "half-step")]
     for r in ("row", "tensor")
 ]
+GROUPS = [
+    QuantSpec(w, g, "group", size, bits)
+    for w, g in [(1, ""), (1.58, ""), (2, ""), (4, ""), (8, "")]
+    for size, bits in [(4, 16), (5, 8), (64, 16)]
+] + [QuantSpec(2, scale_bits=8), QuantSpec(8, scale_bits=8)]
+
+
+def groups_of(w, spec):
+    """The parts of (rows, cols) that share a scale, by plain loops."""
+    if spec.granularity == "tensor":
+        return [[w]]
+    size = spec.group_size or w.shape[1]
+    return [[row[i : i + size] for i in range(0, len(row), size)] for row in w]
 
 
 def weights(rows, cols, seed=0, tails="normal"):
@@ -84,6 +101,60 @@ def test_tiny_groups_against_brute_force_over_the_scale(spec):
         exact = minimize_scalar(at, bounds=(start - grid[1], start + grid[1]), method="bounded").fun
         # Five weights a row are the hard case for a local search: within 5 % of the row's norm of the optimum.
         assert exact * (1 - 1e-5) - 1e-9 <= error <= exact + 0.05 * float((row**2).sum())
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(2), QuantSpec(2, granularity="tensor"), *GROUPS], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 3), (3, 13), (2, 64)])
+def test_sums_and_scales_of_groups_against_plain_loops(spec, shape):
+    w = weights(*shape, seed=8)
+    parts = groups_of(w, spec)
+    torch.testing.assert_close(group_sum(w, spec), torch.tensor([[float(p.sum()) for p in row] for row in parts]))
+    assert torch.equal(group_max(w.abs(), spec), torch.tensor([[float(p.abs().max()) for p in row] for row in parts]))
+    assert group_sum(w, spec).numel() == spec.num_scales(*shape)
+    expanded = expand_scale(group_max(w.abs(), spec), shape[1], spec).expand(shape)
+    for row, expected in zip(groups_of(expanded, spec), group_max(w.abs(), spec), strict=True):
+        for part, value in zip(row, expected, strict=True):
+            assert torch.all(part == value)
+
+
+@pytest.mark.parametrize("spec", [s for s in GROUPS if s.granularity == "group"], ids=str)
+def test_a_group_is_projected_as_a_row_of_its_own_would_be(spec):
+    w = weights(3, 13, seed=9)
+    levels, scale = project(w, spec)
+    alone = QuantSpec(spec.bit_width, spec.grid)
+    for r, row in enumerate(groups_of(w, spec)):
+        begin = 0
+        for g, part in enumerate(row):
+            expected, best = project(part.reshape(1, -1), alone)
+            torch.testing.assert_close(scale[r, g], best[0, 0])
+            assert torch.equal(levels[r, begin : begin + len(part)], expected[0])
+            begin += len(part)
+
+
+@pytest.mark.parametrize("spec", GROUPS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1), (3, 13), (2, 64)])
+def test_group_and_byte_scales_quantize_to_storable_values(spec, shape):
+    w = weights(*shape, seed=10)
+    q = quantize_weight(w, spec)
+    assert q.codes.shape == q.shape == shape
+    assert q.scales.shape == (spec.num_scales(*shape),)
+    compact = compact_scale(q.scales, spec, shape[1])
+    assert torch.equal(storable_scale(compact, spec), compact)
+    table = torch.tensor(spec.levels)
+    scale = expand_scale(compact, shape[1], spec)
+    assert torch.equal(table[q.codes.long()] * scale, dequantize(q))
+    distance = (w[..., None] - table * scale[..., None]).abs()
+    assert torch.all((w - dequantize(q)).abs() <= distance.min(-1).values * (1 + 1e-5) + 1e-7)
+    again = quantize_weight(dequantize(q), spec, scale=compact)
+    assert torch.equal(again.codes, q.codes)
+    assert torch.equal(again.scales, q.scales)
+
+
+def test_smaller_groups_leave_less():
+    w = weights(16, 256, seed=11, tails="laplace")
+    errors = [perturbation(w, QuantSpec.parse(t)) for t in ("2-tensor", "2", "2-g64", "2-g16", "2-g4")]
+    assert errors == sorted(errors, reverse=True)
+    assert perturbation(w, QuantSpec.parse("2-g16-s8")) < 1.01 * perturbation(w, QuantSpec.parse("2-g16"))
 
 
 @pytest.mark.parametrize("spec", ALL, ids=str)
