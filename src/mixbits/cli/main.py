@@ -44,6 +44,7 @@ COMMANDS: dict[str, str] = {
     "compress": "Measure, allocate, quantize, pack: a model in, a small one out.",
     "inspect": "Show the tensors, bits and bytes of a packed model.",
     "rescore": "Rescore n-best lists; word error rates and significance.",
+    "certify": "Is a packed model lossless? A verdict with its evidence.",
     "report": "Show result files as a table and as one HTML page.",
     "experiment": "Run a recipe: full, uniform and learned systems compared.",
 }
