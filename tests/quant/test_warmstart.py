@@ -96,11 +96,10 @@ def test_wrong_input_is_named(opt, mixed):
     inventory = find_units(opt)
     allocation = mixed(inventory)
     good = dict(opt.state_dict())
-    name = inventory.units[1].weight
+    unit = next(u for u in inventory.units if u.name.endswith("q_proj"))
+    name = unit.weight
     narrow = {**good, name: good[name][:3]}
-    with pytest.raises(
-        DataError, match=rf"{name} has shape \(3, 16\) in a model to start from; expected shape \(16, 16\)"
-    ):
+    with pytest.raises(DataError, match=rf"{name} has shape \(3, 16\) in a model .*; expected shape \(16, 16\)"):
         starting_weights(inventory, allocation, {QuantSpec(2): narrow})
     for gone in (name, inventory.others[0][0]):
         rest = {n: t for n, t in good.items() if n != gone}
