@@ -84,7 +84,15 @@ def draw_front(front: Mapping[str, Any], path: str | Path, *, measured: Sequence
     loss = "predicted_loss_increase_nats"
     learned = [(p["bytes"], p[loss]) for p in front["points"]]
     uniform = [(u["bytes"], u[loss]) for u in front["uniform"]]
-    with rc_context({"text.parse_math": False, "font.size": 9, "svg.hashsalt": "front", "axes.axisbelow": True}):
+    with rc_context(
+        {
+            "text.parse_math": False,
+            "font.size": 9,
+            "svg.hashsalt": "front",
+            "svg.fonttype": "none",
+            "axes.axisbelow": True,
+        }
+    ):
         figure = Figure(figsize=(7.4, 4.6), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -111,8 +119,8 @@ def draw_front(front: Mapping[str, Any], path: str | Path, *, measured: Sequence
 
 
 def _short(spec: str) -> str:
-    """Spec text without what is usual: ``1.58-papers-row`` is ``1.58``, ``2-half-step-tensor`` is ``2-half-step-tensor``."""
-    return spec.removesuffix("-row").removesuffix("-papers")
+    """Spec text without what is usual: ``1.58-papers-row`` is ``1.58``, ``2-half-step-tensor`` stays."""
+    return spec.removesuffix("-row").replace("-papers", "")
 
 
 def _labels(axes: Axes, points: Sequence[tuple[str, tuple[float, float]]], colour: str) -> None:
