@@ -115,6 +115,15 @@ def mixed(model, granularity="row"):
     return BitAllocation(specs)
 
 
+FORMATS = ["0.5-v16", "2-g8-s8", "1-v8-tensor", "1.58-row-s8", "4-g24", "2-g5-s8", "1.58-g64"]
+
+
+def formats(model):
+    """The embedding as a product, group and byte scales and codebooks in turn for the rest."""
+    units = find_units(model).units
+    return BitAllocation({u.name: QuantSpec.parse(FORMATS[i % len(FORMATS)]) for i, u in enumerate(units)})
+
+
 def ids(rows=3, length=11):
     return torch.randint(3, 50, (rows, length), generator=torch.Generator().manual_seed(5))
 
@@ -132,10 +141,11 @@ def small(tmp_path):
     return tmp_path / "m", fake
 
 
+@pytest.mark.parametrize("choose", [mixed, formats])
 @pytest.mark.parametrize("name", list(BUILDERS))
-def test_mixed_bits_logits_equal_the_fake_quantized_model(name, tmp_path):
+def test_mixed_bits_logits_equal_the_fake_quantized_model(name, choose, tmp_path):
     model = build(name)
-    allocation = mixed(model)
+    allocation = choose(model)
     fake, saved = fake_and_packed(model, allocation, tmp_path / "m")
     path = tmp_path / "m" / "model.safetensors"
     assert saved.file_bytes == os.path.getsize(path) == predicted_bytes(find_units(model), allocation)
@@ -251,6 +261,28 @@ def test_save_pretrained_keeps_a_changed_bias_and_refuses_uploads(small, tmp_pat
     with pytest.raises(DataError, match=r"fc1\.bias: 1e\+06 does not fit float16"):
         packed.save_pretrained(tmp_path / "b")
     assert torch.equal(logits(again), logits(mixbits.load(tmp_path / "b")))  # the old file is still whole
+
+
+def test_codebooks_and_byte_scales_survive_casts_saving_and_masks(tmp_path):
+    model = build("opt-pre")
+    fake, _ = fake_and_packed(model, formats(model), tmp_path / "m")
+    cast = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    assert all(module.is_intact() for module in cast.modules() if isinstance(module, PackedUnit))
+    assert torch.equal(cast.float().lm_head.matrix(), fake.lm_head.weight)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    packed.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "m/model.safetensors").read_bytes()
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[0, :4], mask[1, 9:] = 0, 0
+    with torch.no_grad():
+        found = packed(ids(), attention_mask=mask).logits
+        assert torch.equal(found, fake(ids(), attention_mask=mask).logits)
+        positions = torch.arange(11).expand(3, 11) + 5
+        assert torch.equal(packed(ids(), position_ids=positions).logits, fake(ids(), position_ids=positions).logits)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(packed.generate(ids(), **options), fake.generate(ids(), **options))
+    mixbits.hf.set_weight_cache(packed)
+    assert torch.equal(logits(packed), logits(fake))
 
 
 @pytest.mark.parametrize("name", ["opt-post", "llama-tied", "gpt2", "qwen3"])

@@ -6,10 +6,18 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from mixbits.quant.grid import codes_of
+from mixbits.quant.grid import codes_of, dequantize
 from mixbits.quant.method import quantize_units, trained_units
 from mixbits.quant.refine import Refine
 from mixbits.quant.units import find_units
+from mixbits.spec import BitAllocation, QuantSpec
+
+FORMATS = ["1-v8", "2-g5", "1.58-g4-s8", "2.67-v3-tensor", "4-row-s8", "8-g7"]
+
+
+def formats(inventory):
+    """Group scales, byte scales and codebooks in turn; the embedding has a codebook and row scales."""
+    return BitAllocation({u.name: QuantSpec.parse(FORMATS[i % 6]) for i, u in enumerate(inventory.units)})
 
 
 def method_for(model, mixed, **kwargs):
@@ -44,6 +52,58 @@ def test_scale_gradients_are_those_of_scale_times_levels(model, mixed, ids, loss
         torch.testing.assert_close(method.scales[unit.name].grad, gradient, rtol=1e-4, atol=1e-6)
         assert unit.parameter.grad is None
     assert all(p.grad is not None for p in others)
+
+
+def test_gradients_of_group_scales_codebooks_and_row_scales(model, ids, loss_of):
+    """Against automatic differentiation through ``codebook[codes] * scale`` and expanded group scales."""
+    method, weights = method_for(model, formats)
+    method.before_forward(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    leaves = {("scale", n): p for n, p in method.scales.items()} | {
+        ("codebook", n): p for n, p in method.codebooks.items()
+    }
+    copies = {key: p.detach().clone().requires_grad_() for key, p in leaves.items()}
+    assert {key[0] for key in copies} == {"scale", "codebook"}
+    replaced = {}
+    for unit in method.units:
+        rows, cols = unit.matrix.shape
+        if unit.spec.is_product:
+            matrix = copies["codebook", unit.name][weights[unit.name].codes.long()].reshape(rows, -1)[:, :cols]
+        else:
+            matrix = torch.tensor(unit.spec.levels)[weights[unit.name].codes.long()]
+        if unit.spec.has_scales:
+            scale = copies["scale", unit.name]
+            if unit.spec.group_size:
+                scale = torch.repeat_interleave(scale, unit.spec.group_size, dim=1)[:, :cols]
+            matrix = matrix * scale
+        torch.testing.assert_close(matrix.detach(), unit.matrix)
+        replaced[names[id(unit.parameter)]] = matrix.T if unit.kind == "conv1d" else matrix
+    logits = functional_call(model, replaced, (ids[:, :-1],), {"use_cache": False}).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].reshape(-1))
+    expected = torch.autograd.grad(loss, list(copies.values()))
+    loss_of(model, ids).backward()
+    method.after_backward(model)
+    for (key, leaf), gradient in zip(leaves.items(), expected, strict=True):
+        assert leaf.grad is not None, key
+        torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_forward_pass_sees_what_is_delivered(opt, ids, loss_of):
+    method, _ = method_for(opt, formats)
+    losses = steps(opt, method, ids, loss_of, 8)
+    assert losses[-1] < losses[0]
+    method.before_forward(opt)
+    seen = {unit.name: unit.matrix.clone() for unit in method.units}
+    with method.delivered(opt):
+        for unit in method.units:
+            assert torch.equal(unit.matrix, seen[unit.name])
+            assert torch.equal(unit.matrix, dequantize(method.quantized()[unit.name]))
+    state = copy.deepcopy(method.state_dict())
+    other, _ = method_for(opt, formats)
+    other.load_state_dict(state)
+    for name, weight in other.quantized().items():
+        expected = method.quantized()[name]
+        assert torch.equal(dequantize(weight), dequantize(expected))
 
 
 def steps(model, method, ids, loss_of, number, rate=1e-2):
