@@ -28,8 +28,8 @@ _WORST_FIRST: tuple[Verdict, ...] = ("lossy", "unresolved", "lossless")
 RULE = (
     "Lossless: no part is significantly worse than full precision (each tested at alpha, without correction), and every part proves that "
     "what may be lost is small. For perplexity: the upper bound of the increase is below the margin. For a list: full precision beats the "
-    "first pass, as it stands in the file and tuned without a language model (MAPSSWE), and the upper bounds of the loss and of the loss "
-    "less 20 % of that gain allow at most 20 % of it; or packed is significantly better than full precision. Lossy: some part is "
+    "first pass, as it stands in the file and tuned without a language model (MAPSSWE), the bootstrap interval of the loss is not above 0, "
+    "and the upper bounds of the loss and of the loss less 20 % of that gain allow at most 20 % of it; or packed is significantly better than full precision. Lossy: some part is "
     "significantly worse after Holm's correction. Unresolved: these data cannot tell. The verdict is the worst of the parts."
 )
 

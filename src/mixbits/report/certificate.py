@@ -35,7 +35,7 @@ def certificate_page(certificate: Mapping[str, Any]) -> str:
     return environment.from_string(text).render(
         c=c,
         perplexity=_perplexity_rows(c["perplexity"], c["settings"]),
-        lists=[_list_section(name, entry) for name, entry in c["lists"].items()],
+        lists=[_list_section(name, entry, _level(c["settings"])) for name, entry in c["lists"].items()],
         size=_size_rows(c["models"]),
         tested=_tested_rows(c),
         version=__version__,
@@ -73,14 +73,14 @@ def _perplexity_rows(part: Mapping[str, Any], settings: Mapping[str, Any]) -> li
         (f"its {level} interval", _interval(part["ppl_change_interval"], percent=True)),
         (f"its upper {level} bound", _percent(part["ppl_change_upper"])),
         ("allowed (margin)", _percent(settings["margin_ppl"])),
-        ("p that packed is not worse", p_text(part["p_worse"])),
+        ("p, one-sided: worse", p_text(part["p_worse"])),
         ("p, Holm", p_text(part["p_worse_holm"])),
         ("tokens, sentences", f"{part['num_tokens']:,}, {part['num_sentences']:,}"),
         ("window, stride", f"{part['context']}, {part['stride']}"),
     ]
 
 
-def _list_section(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
+def _list_section(name: str, part: Mapping[str, Any], level: str) -> dict[str, Any]:
     """What the template shows of one list."""
     changed = part["changed"]
     systems = [
@@ -90,14 +90,14 @@ def _list_section(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
     blocks = "blocks (speakers or conversations)" if part["bootstrap_blocked"] else "utterances"
     facts = [
         ("packed less full, points", number(part["delta_wer"], 2, sign=True)),
-        ("interval, paired bootstrap", _interval(part["delta_wer_interval"])),
+        (f"{level} interval, paired bootstrap", _interval(part["delta_wer_interval"])),
         (
-            "upper bound, and those of bootstrap and score",
-            ", ".join(number(part[f"delta_wer_upper{key}"], 2, sign=True) for key in ("", "_bootstrap", "_score")),
+            f"upper {level} bound; of bootstrap, of score",
+            "; ".join(number(part[f"delta_wer_upper{key}"], 2, sign=True) for key in ("", "_bootstrap", "_score")),
         ),
         ("allowed: 20 % of the gain", number(part["allowed_loss"])),
-        ("upper bound of the loss less 20 % of the gain", number(part["loss_over_allowed_upper"], 2, sign=True)),
-        ("MAPSSWE p, segments", f"{p_text(part['mapsswe_p_value'])}, {part['mapsswe_segments']:,}"),
+        (f"upper {level} bound of the loss less 20 % of the gain", number(part["loss_over_allowed_upper"], 2, sign=True)),
+        ("MAPSSWE p, two-sided; segments", f"{p_text(part['mapsswe_p_value'])}; {part['mapsswe_segments']:,}"),
         ("p, Holm", p_text(part["p_worse_holm"])),
         ("gain of full precision over the first pass", number(part["gain"], 2, sign=True)),
         ("p of that gain; over the tuned first pass", f"{p_text(part['gain_p_value'])}; {p_text(part['gain_over_tuned_p_value'])}"),
