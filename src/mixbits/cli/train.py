@@ -28,7 +28,7 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Blocks of CONTEXT tokens a step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     patience: Annotated[int | None, typer.Option(help="Stop after this many evaluations without gain.")] = None,
-    precision: Annotated[str, typer.Option(help="bfloat16 (autocast) or float32.")] = "bfloat16",
+    precision: Annotated[str, typer.Option(help="auto (bfloat16 where it is fast), bfloat16 or float32.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of initialisation, order and dropout.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
 ) -> None:
