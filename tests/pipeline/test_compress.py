@@ -24,7 +24,7 @@ MEASURE = MeasureSettings(num_probes=2, num_blocks=4)
 
 def quick(method="straight-through", **more):
     train = TrainSettings(epochs=0.3, batch_size=8, learning_rate=3e-3, teacher_weight=0.5, precision="float32")
-    return QuantizeSettings(method=method, train=train, refine_epochs=0.2, admm_updates=5, **more)
+    return QuantizeSettings(method=method, train=train, refine_epochs=0.2, admm={"num_updates": 5}, **more)
 
 
 def run(model, texts, output, **kwargs):

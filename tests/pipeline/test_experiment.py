@@ -14,6 +14,7 @@ from mixbits.lm.corpus import TokenStream
 from mixbits.lm.perplexity import from_nll
 from mixbits.pipeline import experiment
 from mixbits.pipeline.experiment import baseline_name, run_experiment
+from mixbits.pipeline.manifest import verify_manifest
 from mixbits.pipeline.rows import TrainedRow
 from mixbits.pipeline.settings import ExperimentSettings, load_experiment
 from mixbits.pipeline.summarize import equal_bytes
@@ -33,7 +34,7 @@ def recipe(texts, **changes):
         "full": {**TRAIN, "epochs": 4, "learning_rate": 1e-2},
         "quantize": {
             "train": {**TRAIN, "epochs": 1, "learning_rate": 3e-3, "teacher_weight": 0.5},
-            "refine_epochs": 0.4, "refine_learning_rate": 1e-3, "admm_updates": 10,
+            "refine_epochs": 0.4, "refine_learning_rate": 1e-3, "admm": {"num_updates": 10},
         },
         "measure": {"num_probes": 2, "num_blocks": 4},
         "rows": [
@@ -111,7 +112,12 @@ def test_the_summary(finished, texts):
     for row in summary.rows:
         if row.nats is not None:
             assert row.delta_nats == pytest.approx(row.nats - base.nats, abs=1e-6)
-    assert set(summary.allocations["uniform-1"].values()) == {"1-papers-row"}
+    assert set(summary.allocations["uniform-1"].values()) == {
+        "1-papers-row",
+        "4-papers-row",
+    }  # positions have four bits
+    assert summary.row("uniform-1").extra["grid"] == ["1-papers-row", "4-papers-row"]
+    assert verify_manifest(path.parent) == []
     assert set(summary.unit_weights) == set(summary.allocations["learned"]) == set(summary.sensitivity["units"])
     entries = {e["name"]: e for e in summary.equal_bytes}
     assert entries["learned"]["neighbours"] == ["uniform-1", "uniform-4"]
@@ -125,13 +131,14 @@ def test_again_is_instant_and_the_same(finished, monkeypatch):
     settings, path = finished
     before = {p: p.stat().st_mtime_ns for p in path.parent.rglob("*") if p.is_file()}
     expected = numbers(path)
-    for name in ("train_quantized", "measure_stream", "perplexity", "pack"):
+    for name in ("train_quantized", "perplexity", "pack"):
         monkeypatch.setattr(experiment, name, lambda *a, **k: pytest.fail("must not be called"))
+    monkeypatch.setattr("mixbits.pipeline.measuring.measure_stream", lambda *a, **k: pytest.fail("must not measure"))
     monkeypatch.setattr("mixbits.pipeline.train.train_model", lambda *a, **k: pytest.fail("must not train"))
     run_experiment(settings, path.parent, command="test", show_progress=False)
     assert numbers(path) == expected
     changed = {p.name for p, t in before.items() if p.stat().st_mtime_ns != t}
-    assert changed <= {"summary.json", "settings.json"}
+    assert changed <= {"summary.json", "settings.json", "manifest.json"}
 
 
 def test_from_nothing_gives_the_same(finished, texts, tmp_path):
@@ -296,12 +303,12 @@ class TestEqualBytes:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path, monkeypatch):
-    for name in ("MIXBITS_DATA", "MIXBITS_DEMO"):
+    for name in ("MIXBITS_DATA", "MIXBITS_DEMO", "SWBD_DATA"):
         monkeypatch.setenv(name, "/nowhere")
     settings = load_experiment(path)
     assert settings.rows
     assert json.dumps(settings.model_dump())
-    for name in ("MIXBITS_DATA", "MIXBITS_DEMO"):
+    for name in ("MIXBITS_DATA", "MIXBITS_DEMO", "SWBD_DATA"):
         monkeypatch.delenv(name)
     with pytest.raises(DataError, match="environment variable MIXBITS_D"):
         load_experiment(path)
@@ -309,3 +316,74 @@ def test_shipped_recipes_are_valid(path, monkeypatch):
 
 def test_there_are_recipes():
     assert {"ptb-small"} <= {path.stem for path in RECIPES}
+
+
+def test_every_measure_learns_bits_and_seeds_are_averaged(texts, tmp_path):
+    """Two seeds; bits learned by six measures, one of them shared by sublayers, one row started from the uniform ones."""
+    train = {**TRAIN, "epochs": 0.2, "learning_rate": 3e-3, "teacher_weight": 1.0}
+    specs = ["1-row-s8", "2-row-s8", "4-row-s8"]
+    learned = [
+        {"name": f"learned-{m}", "ratio": 2.2, "measure": m}
+        for m in ("hessian", "fisher", "kl", "loss", "prototypes", "search")
+    ]
+    settings = recipe(
+        texts,
+        full={**TRAIN, "epochs": 2, "learning_rate": 1e-2},
+        quantize={"train": train, "refine_epochs": 0},
+        measure={"measure": "kl", "num_probes": 2, "num_blocks": 4, "specs": specs},
+        search={"candidates": specs, "epochs": 0.2, "batch_size": 8, "precision": "float32"},
+        compare_measures=["loss"],
+        seeds=[3, 5],
+        rows=[
+            *({"name": f"uniform-{s[0]}", "spec": s} for s in specs),
+            {"name": "uniform-2-proximal", "spec": specs[1], "method": "proximal"},
+            {"name": "uniform-2-steps", "spec": specs[1], "quantize": {"progressive": [[0.3, 8]], "scales": "follow"}},
+            *learned,
+            {"name": "learned-sublayer", "ratio": 2.2, "granularity": "sublayer", "start": "prototypes"},
+        ],
+    )
+    path = run_experiment(settings, tmp_path / "seeds", show_progress=False)
+    summary, data = read_summary(path), read_json(path)
+    assert data["seeds"] == [3, 5]
+    assert set(data["measures"]) == {"kl", "hessian", "fisher", "loss", "prototypes", "search"}
+    for name in ("hessian", "fisher", "kl"):
+        for when in ("before", "after"):
+            found = data["measures"][name][f"rank_correlation_{when}_training"]
+            assert -1 <= found["spearman"] <= 1
+        assert data["measures"][name]["cost_forward_backwards"] > 0
+    base = summary.row(summary.baseline)
+    for row in summary.rows:
+        by_seed = row.extra["ppl_by_seed"]
+        assert row.nats == pytest.approx(np.mean(np.log(by_seed)), abs=1e-5)
+        assert row.delta_nats == pytest.approx(np.mean(row.extra["delta_nats_by_seed"]), abs=1e-5)
+        spread = np.diff(row.extra["delta_nats_by_seed"])[0]
+        assert row.extra["delta_nats_seed_stderr"] == pytest.approx(abs(spread) / 2)  # of two values
+        if row.name.startswith("learned"):
+            assert row.ratio >= 2.2
+    assert base.extra["delta_nats_seed_stderr"] == 0
+    for unit in ("q_proj", "k_proj", "v_proj"):  # one spec for the attention block
+        bits = summary.allocations["learned-sublayer"]
+        name = f"model.decoder.layers.0.self_attn.{unit}"
+        assert bits[name] == bits["model.decoder.layers.0.self_attn.out_proj"]
+    for seed in (3, 5):
+        assert verify_manifest(path.parent / f"seed-{seed}") == []
+        assert read_json(path.parent / f"seed-{seed}" / "settings.json")["full"]["seed"] == seed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": [{"name": "a", "ratio": 3, "measure": "prototypes"}]}, "no specs|at least two rows"),
+        ({"rows": [{"name": "a", "spec": "2", "measure": "kl"}]}, "row 'a' is uniform"),
+        ({"rows": [{"name": "a", "spec": "2", "quantize": {"train": {"epochz": 1}}}]}, "epochz"),
+        (
+            {"rows": [{"name": "a", "spec": "2", "method": "admm", "quantize": {"progressive": [[0.3, 8]]}}]},
+            "progressive",
+        ),
+        ({"seeds": [1, 1]}, "each may be there once"),
+    ],
+)
+def test_rows_that_make_no_sense_are_refused_before_training(texts, tmp_path, change, message):
+    with pytest.raises((SpecError, ValueError), match=message):
+        run_experiment(recipe(texts, **change), tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run" / "full").exists()

@@ -22,6 +22,10 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Blocks a step.")] = 16,
     probes: Annotated[int, typer.Option(help="Probes of the Hessian trace.")] = 50,
     specs: Annotated[str, typer.Option(help="Specs to choose among.")] = "1,1.58,2,3,4,8",
+    no_guard: Annotated[
+        bool,
+        typer.Option("--no-guard", help="Do not train uniform bits of equal bytes to compare with (half the time)."),
+    ] = False,
     no_train: Annotated[bool, typer.Option("--no-train", help="Round to the nearest codes only.")] = False,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model directory.")] = False,
@@ -40,7 +44,7 @@ def main(
     measure = {"num_probes": probes, "seed": seed, "specs": [s.strip() for s in specs.split(",") if s.strip()]}
     done = compress(
         model, text=text, output=output, ratio=ratio, max_bytes=max_bytes, bits_per_weight=bits_per_weight,
-        valid=valid, train=not no_train, overwrite=overwrite,
+        valid=valid, train=not no_train, guard=not no_guard, overwrite=overwrite,
         quantize=validate(QuantizeSettings, {"method": method, "train": train}, where="mixbits compress"),
         measure=validate(MeasureSettings, measure, where="mixbits compress"),
     )  # fmt: skip
@@ -48,3 +52,5 @@ def main(
         f"wrote {done.directory}: {done.file_bytes:,} bytes, {done.compression_ratio:.2f}x smaller, "
         f"{done.bits_per_weight:.3f} bits a weight"
     )
+    if done.guard is not None:
+        typer.echo(done.guard)

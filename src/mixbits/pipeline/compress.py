@@ -1,7 +1,7 @@
 """``compress``: a Hugging Face model and a text in, a packed model of the wanted size out.
 
 Measure sensitivities, allocate bits under the byte budget, train quantized with the full-precision model as teacher, refine,
-pack. Every stage leaves its file in ``<output>.work``, so that an interrupted run goes on where it stopped, the same call
+pack. Guard: the best uniform bits of no more bytes are trained as well, and the lower validation loss wins. Every stage leaves its file in ``<output>.work``, so that an interrupted run goes on where it stopped, the same call
 again returns at once, and a measured model is solved for another budget in seconds. The output directory is a copy of the model
 packed there.
 """
@@ -16,13 +16,17 @@ from typing import Any
 from mixbits.errors import DataError
 from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import TokenStream
+from mixbits.lm.perplexity import paired_difference, perplexity
 from mixbits.pipeline.checks import check_full_precision, check_output, check_text
+from mixbits.pipeline.evaluate import load_scorer
+from mixbits.pipeline.manifest import write_manifest
 from mixbits.pipeline.measure import measure_stream
 from mixbits.pipeline.prepare import split_text, training_context
 from mixbits.pipeline.quantize import pack, round_to_nearest, train_quantized
-from mixbits.pipeline.rows import fingerprint, run_row
+from mixbits.pipeline.rows import TrainedRow, fingerprint, run_row
 from mixbits.pipeline.settings import MeasureSettings, QuantizeSettings
 from mixbits.quant.allocate import allocate, budget_bytes
+from mixbits.quant.guard import Measured, Winner, choose_winner, uniform_allocations
 from mixbits.quant.sensitivity import Sensitivities, read_sensitivities, write_sensitivities
 from mixbits.quant.units import find_units
 from mixbits.runs import hash_file, read_json, write_json
@@ -42,6 +46,11 @@ class Compressed:
     allocation: BitAllocation
     record: dict[str, Any]
 
+    @property
+    def guard(self) -> str | None:
+        """The verdict on learned against uniform bits, or None where it was not asked for."""
+        return self.record.get("guard")
+
 
 def compress(
     model: str | Path,
@@ -55,13 +64,15 @@ def compress(
     quantize: QuantizeSettings | None = None,
     measure: MeasureSettings | None = None,
     train: bool = True,
+    guard: bool = True,
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> Compressed:
     """Compress the model directory ``model`` to a budget, training on ``text``, and write ``output``.
 
     Exactly one of ``ratio`` (4 bytes x parameters over bytes of the packed weight file), ``max_bytes`` and
-    ``bits_per_weight``. ``train=False`` only rounds to the nearest codes. ``overwrite`` replaces a model directory that is
+    ``bits_per_weight``. ``train=False`` only rounds to the nearest codes. ``guard`` also makes the largest uniform model that fits
+    and returns it if it has less validation loss, which takes the training time twice. ``overwrite`` replaces a model directory that is
     there, made for another budget, say. Work files are kept in ``output``'s sibling ``<output>.work`` and used again.
     Raises SpecError at once when the budget cannot be met, naming the smallest size; DataError when ``output`` is in use, the
     model is broken or the text does not fit it.
@@ -79,7 +90,7 @@ def compress(
     budget_asked = {"ratio": ratio, "max_bytes": max_bytes, "bits_per_weight": bits_per_weight}
     texts = [hash_file(text), None if valid is None else hash_file(valid)]
     request = fingerprint(
-        "compress", full_hash, texts, budget_asked, measure.model_dump(), quantize.model_dump(), train
+        "compress", full_hash, texts, budget_asked, measure.model_dump(), quantize.model_dump(), train, guard
     )
     done = _already_there(output, work, request)
     if done is not None:
@@ -100,28 +111,42 @@ def compress(
     sensitivities = _measured(full, stream, measure, context, work, full_hash, show_progress=show_progress)
     allocation = allocate(inventory, sensitivities, max_bytes=budget)
     write_json(work / "allocation.json", allocation.to_json())
-    parts = [full_hash, allocation.to_json()["specs"], quantize.model_dump(), stream.sha256, held_out.sha256, train]
 
-    def job(train_folder: Path, model_folder: Path) -> dict[str, Any]:
-        student, record = load_model(model)[0], dict[str, Any]()
-        if train:
-            weights, record = train_quantized(
-                student, stream, held_out, allocation, quantize, train_folder,
-                teacher=full if quantize.train.teacher_weight else None, title="compress", show_progress=show_progress,
-            )  # fmt: skip
-        else:
-            weights = round_to_nearest(student, allocation)
-        how = quantize.method if train else "round to nearest"
-        card = {"source model sha256": full_hash, "training text sha256": stream.sha256, "method": how}
-        saved = pack(student, tokenizer, allocation, weights, model_folder, card=card, overwrite=True)
-        return record | {
-            "bytes": saved.file_bytes,
-            "ratio": saved.compression_ratio,
-            "bits_per_weight": saved.bits_per_weight,
-        }
+    def make(bits: BitAllocation, title: str) -> TrainedRow:
+        """The packed model of an allocation, trained (or found finished) in a folder of its own."""
+        parts = [full_hash, bits.to_json()["specs"], quantize.model_dump(), stream.sha256, held_out.sha256, train]
+        key = fingerprint("compress", *parts)
 
-    key = fingerprint("compress", *parts)
-    row = run_row(work / key[:16], key, job)
+        def job(train_folder: Path, model_folder: Path) -> dict[str, Any]:
+            student, record = load_model(model)[0], dict[str, Any]()
+            if train:
+                weights, record = train_quantized(
+                    student, stream, held_out, bits, quantize, train_folder,
+                    teacher=full if quantize.train.needs_teacher else None, title=title, show_progress=show_progress,
+                )  # fmt: skip
+            else:
+                weights = round_to_nearest(student, bits)
+            how = quantize.method if train else "round to nearest"
+            card = {"source model sha256": full_hash, "training text sha256": stream.sha256, "method": how}
+            saved = pack(student, tokenizer, bits, weights, model_folder, card=card, overwrite=True)
+            return record | {
+                "bytes": saved.file_bytes,
+                "ratio": saved.compression_ratio,
+                "bits_per_weight": saved.bits_per_weight,
+            }
+
+        return run_row(work / key[:16], key, job)
+
+    row, record = make(allocation, "learned bits"), dict[str, Any]()
+    if guard:
+        rivals = uniform_allocations(inventory, parse_specs(measure.specs), budget)[:1]
+        for rival in (r for r in rivals if r.specs != allocation.specs):
+            other = make(rival, "uniform bits")
+            verdict = _compare(row, other, str(rival.provenance["method"]), held_out, context, budget)
+            record = {"guard": verdict.sentence}
+            if not verdict.is_learned:
+                row, allocation = other, rival
+    record = row.record | record
     _copy_directory(row.model, output, work)
     write_json(
         work / _RESULT_FILE,
@@ -129,10 +154,32 @@ def compress(
             "request": request,
             "weights_sha256": model_hash(output),
             "allocation": allocation.to_json(),
-            "record": row.record,
+            "record": record,
         },
     )
-    return _result(output, allocation, row.record)
+    write_manifest(
+        work,
+        seed=quantize.train.seed,
+        settings={"measure": measure.model_dump(), "quantize": quantize.model_dump(), "budget": budget, "train": train},
+        data={"train": stream.sha256, "valid": held_out.sha256},
+        models={"full": model, "packed": output},
+        sensitivities=[sensitivities],
+        allocations={"packed": allocation},
+    )
+    return _result(output, allocation, record)
+
+
+def _compare(
+    learned: TrainedRow, uniform: TrainedRow, name: str, held_out: TokenStream, context: int, budget: int
+) -> Winner:
+    """Both files on the validation text, paired by sentence."""
+    ours, theirs = (perplexity(load_scorer(row.model)[0], held_out, context=context) for row in (learned, uniform))
+    _, stderr = paired_difference(ours, theirs, held_out)
+    return choose_winner(
+        Measured("learned bits", learned.record["bytes"], ours.nats_per_token),
+        [Measured(name, uniform.record["bytes"], theirs.nats_per_token, stderr)],
+        budget,
+    )
 
 
 def _result(output: Path, allocation: BitAllocation, record: dict[str, Any]) -> Compressed:

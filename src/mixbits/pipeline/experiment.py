@@ -21,17 +21,19 @@ from mixbits.lm.corpus import TokenStream
 from mixbits.lm.perplexity import Perplexity, from_nll, perplexity
 from mixbits.lm.presets import build_model
 from mixbits.pipeline.checks import check_text
-from mixbits.pipeline.compress import measure_stream
 from mixbits.pipeline.evaluate import load_scorer
+from mixbits.pipeline.manifest import write_manifest
+from mixbits.pipeline.measuring import Measuring
 from mixbits.pipeline.prepare import PreparedText, prepare_text
 from mixbits.pipeline.quantize import pack, train_quantized
 from mixbits.pipeline.rows import TrainedRow, fingerprint, run_row
 from mixbits.pipeline.settings import ExperimentSettings, Row, validate
-from mixbits.pipeline.summarize import Evaluated, summarize
+from mixbits.pipeline.summarize import Evaluated, Finished, average_seeds, baseline_name, summarize
 from mixbits.pipeline.train import train_continued, train_full
 from mixbits.quant.allocate import allocate, budget_bytes, check_budget
-from mixbits.quant.sensitivity import Sensitivities, read_sensitivities, write_sensitivities
+from mixbits.quant.groups import group_units
 from mixbits.quant.units import find_units
+from mixbits.quant.warmstart import starting_weights
 from mixbits.runs import read_json, write_json
 from mixbits.spec import BitAllocation, ModelInventory, QuantSpec, parse_specs
 from mixbits.summary import write_summary
@@ -49,6 +51,35 @@ def run_experiment(
     file is missing; SpecError when a budget cannot be met.
     """
     folder = Path(folder)
+    path = folder / SUMMARY_FILE
+    if settings.seeds:
+        runs = []
+        for seed in settings.seeds:
+            one, place = settings.for_seed(seed), folder / f"seed-{seed}"
+            runs.append(run_seed(one, place, show_progress=show_progress))
+            _write_manifest(one, runs[-1], place)
+        write_summary(path, summarize(settings, average_seeds(runs), command))
+        return path
+    found = run_seed(settings, folder, show_progress=show_progress)
+    write_summary(path, summarize(settings, found, command))
+    _write_manifest(settings, found, folder)
+    return path
+
+
+def _write_manifest(settings: ExperimentSettings, found: Finished, folder: Path) -> None:
+    write_manifest(
+        folder,
+        seed=settings.seed,
+        settings=settings,
+        data=found.text.hashes,
+        models={name: item.trained.model for name, item in found.evaluated.items()},
+        sensitivities=found.measured.values(),
+        allocations=found.allocations,
+    )
+
+
+def run_seed(settings: ExperimentSettings, folder: Path, *, show_progress: bool = True) -> Finished:
+    """One seed's rows, trained (or found finished) and evaluated. Raises what :func:`run_experiment` raises."""
     check_same_settings(settings, folder / SETTINGS_FILE)
     text = prepare_text(settings)
     _check_before_training(settings, text)
@@ -57,20 +88,20 @@ def run_experiment(
     full = train_full(settings, text, folder / "full", show_progress=show_progress)
     continued = train_continued(settings, text, full, folder / "full-continued", show_progress=show_progress)
     inventory = find_units(load_model(full.model)[0])
-    sensitivities = _sensitivities(settings, text, full, folder, show_progress=show_progress)
-    allocations = {row.name: row_allocation(row, inventory, sensitivities) for row in settings.rows}
     trained = {"full": full, "full-continued": continued}
-    for row in settings.rows:
-        trained[row.name] = _train_row(
-            settings, row, text, full, allocations[row.name], folder, show_progress=show_progress
-        )
-    evaluated = {n: Evaluated(n, t, _evaluate(t, text.test, settings.model.context)) for n, t in trained.items()}
+    measuring = Measuring(settings, text, inventory, full, folder, trained, show_progress)
+    allocations = {}
+    for row in sorted(settings.rows, key=lambda row: row.spec is None):  # prototypes before what is learned from them
+        allocations[row.name] = row_allocation(row, inventory, measuring)
+        trained[row.name] = _train_row(measuring, row, allocations[row.name])
+    for name in settings.compare_measures:
+        measuring.by(name)
+    names = ["full", "full-continued", *(row.name for row in settings.rows)]
+    evaluated = {n: Evaluated(n, trained[n], _evaluate(trained[n], text.test, settings.model.context)) for n in names}
     baseline = baseline_name(trained)
     speech = _rescore(settings, trained, baseline, folder, show_progress=show_progress)
-    summary = summarize(settings, text, inventory, evaluated, baseline, allocations, sensitivities, speech, command)
-    path = folder / SUMMARY_FILE
-    write_summary(path, summary)
-    return path
+    allocations = {row.name: allocations[row.name] for row in settings.rows}
+    return Finished(text, inventory, evaluated, baseline, allocations, measuring.found, speech)
 
 
 def check_same_settings(settings: ExperimentSettings, path: Path) -> None:
@@ -81,7 +112,7 @@ def check_same_settings(settings: ExperimentSettings, path: Path) -> None:
     if not path.is_file():
         return
     kept = validate(ExperimentSettings, read_json(path), where=str(path))
-    names = ("vocabulary", "model", "full", "quantize", "measure", "seed")
+    names = ("vocabulary", "model", "full", "quantize", "measure", "search", "seed")
     changed = [name for name in names if getattr(kept, name) != getattr(settings, name)]
     if kept.text.max_train_words != settings.text.max_train_words:
         changed.append("text.max_train_words")
@@ -95,16 +126,7 @@ def check_same_settings(settings: ExperimentSettings, path: Path) -> None:
 
 def _check_before_training(settings: ExperimentSettings, text: PreparedText) -> None:
     """Budgets that cannot be met, text that is too short and missing lists are refused before hours of training."""
-    inventory = find_units(build_model(settings.model, text.tokenizer, seed=settings.seed))
-    for row in settings.rows:
-        if row.spec is not None:
-            QuantSpec.parse(row.spec)
-        else:
-            specs = parse_specs(row.specs or settings.measure.specs)
-            unmeasured = set(specs) - set(parse_specs(settings.measure.specs))
-            if unmeasured:
-                raise SpecError(f"row {row.name}: specs {', '.join(map(str, unmeasured))} are not among measure.specs")
-            check_budget(inventory, specs, max_bytes=budget_bytes(inventory, ratio=row.ratio))
+    check_rows(settings, find_units(build_model(settings.model, text.tokenizer, seed=settings.seed)))
     for name in ("train", "valid", "test"):
         check_text(getattr(text, name), settings.model.context if name != "test" else 1, f"text.{name}")
     lists = [settings.speech.dev, *settings.speech.test.values()] if settings.speech else []
@@ -113,55 +135,75 @@ def _check_before_training(settings: ExperimentSettings, text: PreparedText) -> 
             raise DataError(f"{path}: no such n-best list")
 
 
-def row_allocation(row: Row, inventory: ModelInventory, sensitivities: Sensitivities) -> BitAllocation:
+def check_rows(settings: ExperimentSettings, inventory: ModelInventory) -> None:
+    """Raise SpecError for a row whose spec cannot be read, was not measured, or whose budget cannot be met."""
+    for row in settings.rows:
+        if row.spec is not None:
+            QuantSpec.parse(row.spec)
+            continue
+        specs, offered = _offered(settings, row)
+        unmeasured = set(specs) - set(offered)
+        if unmeasured:
+            raise SpecError(
+                f"row {row.name}: specs {', '.join(map(str, sorted(unmeasured)))} are not among those measured "
+                f"({', '.join(map(str, offered))})"
+            )
+        check_budget(inventory, specs, max_bytes=budget_bytes(inventory, ratio=row.ratio))
+
+
+def _offered(settings: ExperimentSettings, row: Row) -> tuple[tuple[QuantSpec, ...], tuple[QuantSpec, ...]]:
+    """The specs a learned row may take, and those that its measure will know."""
+    measure = row.measure or settings.measure.measure
+    if measure == "search":
+        candidates = parse_specs(row.specs or settings.search.candidates)
+        return candidates, candidates
+    known = settings.measure.specs
+    if measure == "prototypes":
+        own = settings.quantize
+        known = tuple(r.spec for r in settings.rows if r.spec is not None and r.settings(own) == own)
+    offered = parse_specs(known)
+    return (offered if row.specs is None else parse_specs(row.specs)), offered
+
+
+def row_allocation(row: Row, inventory: ModelInventory, measuring: Measuring) -> BitAllocation:
     """The bits of a row: uniform, or learned under its budget."""
     if row.spec is not None:
         return BitAllocation.uniform(inventory, QuantSpec.parse(row.spec))
+    sensitivities = measuring.for_row(row)
     specs = None if row.specs is None else parse_specs(row.specs)
-    return allocate(inventory, sensitivities, max_bytes=budget_bytes(inventory, ratio=row.ratio), specs=specs)
+    groups = group_units(inventory, row.granularity)
+    budget = budget_bytes(inventory, ratio=row.ratio)
+    return allocate(inventory, sensitivities, max_bytes=budget, specs=specs, groups=groups)
 
 
-def _sensitivities(
-    settings: ExperimentSettings, text: PreparedText, full: TrainedRow, folder: Path, *, show_progress: bool
-) -> Sensitivities:
-    key = fingerprint(model_hash(full.model), settings.measure.model_dump(), text.train.sha256)
-    path = folder / f"sensitivities-{key[:12]}.json"
-    if path.is_file():
-        return read_sensitivities(path)
-    model, _ = load_model(full.model)
-    found = measure_stream(
-        model, text.train, settings.measure, context=settings.model.context, show_progress=show_progress
-    )
-    write_sensitivities(path, found)
-    return found
-
-
-def _train_row(
-    settings: ExperimentSettings,
-    row: Row,
-    text: PreparedText,
-    full: TrainedRow,
-    allocation: BitAllocation,
-    folder: Path,
-    *,
-    show_progress: bool,
-) -> TrainedRow:
-    quantize = settings.quantize.model_copy(update={"method": row.method or settings.quantize.method})
+def _train_row(run: Measuring, row: Row, allocation: BitAllocation) -> TrainedRow:
+    settings, text, full = run.settings, run.text, run.full
+    quantize = row.settings(settings.quantize)
     full_hash = model_hash(full.model)
-    key = fingerprint("row", full_hash, allocation.to_json()["specs"], quantize.model_dump(), text.hashes)
+    start = run.prototype_hashes() if row.start == "prototypes" else None
+    key = fingerprint("row", full_hash, allocation.to_json()["specs"], quantize.model_dump(), text.hashes, start)
 
     def work(train_folder: Path, model_folder: Path) -> dict[str, Any]:
         model, _ = load_model(full.model)
-        teacher = load_model(full.model)[0] if quantize.train.teacher_weight else None
+        if row.start == "prototypes":
+            model.load_state_dict(starting_weights(run.inventory, allocation, run.prototypes()))
+        teacher = load_model(full.model)[0] if quantize.train.needs_teacher else None
         weights, record = train_quantized(
             model, text.train, text.valid, allocation, quantize, train_folder,
-            teacher=teacher, title=row.name, show_progress=show_progress,
+            teacher=teacher, title=row.name, show_progress=run.show_progress,
         )  # fmt: skip
         card = {"source model sha256": full_hash, "training text sha256": text.train.sha256, "method": quantize.method}
         saved = pack(model, text.tokenizer, allocation, weights, model_folder, card=card, overwrite=True)
-        return record | {"method": quantize.method, "bytes": saved.file_bytes}
+        return record | {
+            "method": quantize.method,
+            "bytes": saved.file_bytes,
+            "measure": None if row.spec else row.measure or settings.measure.measure,
+            "start": row.start,
+            "grid": sorted({str(spec) for spec in allocation.specs.values()}),
+            "scales": quantize.scales if quantize.method == "straight-through" else None,
+        }
 
-    return run_row(folder / row.name, key, work)
+    return run_row(run.folder / row.name, key, work)
 
 
 def _evaluate(row: TrainedRow, test: TokenStream, context: int) -> Perplexity:
@@ -180,11 +222,6 @@ def _evaluate(row: TrainedRow, test: TokenStream, context: int) -> Perplexity:
     return result
 
 
-def baseline_name(trained: Mapping[str, TrainedRow]) -> str:
-    """What losses are measured against: the better of the two full-precision rows on validation."""
-    return min(("full", "full-continued"), key=lambda name: trained[name].record["valid_nats"])
-
-
 def _rescore(
     settings: ExperimentSettings, trained: Mapping[str, TrainedRow], baseline: str, folder: Path, *, show_progress: bool
 ) -> dict[str, Any] | None:
@@ -198,6 +235,8 @@ def _rescore(
         settings.speech.test,
         reference_system=baseline,
         lower_case=settings.speech.lower_case,
+        max_hypotheses=settings.speech.max_hypotheses,
+        interpolate=settings.speech.interpolate,
         seed=settings.seed,
         show_progress=show_progress,
         cache=folder / "scores",

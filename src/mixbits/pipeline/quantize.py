@@ -25,6 +25,8 @@ from mixbits.pipeline.settings import QuantizeSettings
 from mixbits.quant.admm import Admm
 from mixbits.quant.grid import dequantize
 from mixbits.quant.method import quantize_units, trained_units
+from mixbits.quant.progressive import Progressive
+from mixbits.quant.proximal import Proximal
 from mixbits.quant.qat import StraightThrough
 from mixbits.quant.refine import Refine
 from mixbits.quant.units import find_units
@@ -33,16 +35,15 @@ from mixbits.spec import BitAllocation, ModelInventory, QuantizedWeight, QuantSp
 
 
 def _method(model: Any, inventory: ModelInventory, allocation: BitAllocation, settings: QuantizeSettings) -> Any:
-    if settings.method == "straight-through":
-        return StraightThrough(model, inventory, allocation)
-    return Admm(
-        model,
-        inventory,
-        allocation,
-        gamma=settings.admm_gamma,
-        gamma_final=settings.admm_gamma_final,
-        num_updates=settings.admm_updates,
-    )
+    """The method object of the settings; its options are the fields of the method's own settings."""
+    if settings.method == "admm":
+        return Admm(model, inventory, allocation, **settings.admm.model_dump())
+    if settings.method == "proximal":
+        return Proximal(model, inventory, allocation, **settings.proximal.model_dump())
+    options: dict[str, Any] = {"scales": settings.scales, "scale_learning_rate": settings.scale_learning_rate}
+    if settings.progressive:
+        return Progressive(model, inventory, allocation, stages=settings.progressive, **options)
+    return StraightThrough(model, inventory, allocation, **options)
 
 
 def train_quantized(
@@ -193,7 +194,7 @@ def quantize_model(
         "quantize", full_hash, bits.to_json()["specs"], settings.model_dump(), stream.sha256, held_out.sha256
     )
     work = output.with_name(output.name + ".work")
-    teacher = load_model(model)[0] if settings.train.teacher_weight else None
+    teacher = load_model(model)[0] if settings.train.needs_teacher else None
     weights, _ = train_quantized(
         student, stream, held_out, bits, settings, work / key[:16], teacher=teacher, show_progress=show_progress
     )

@@ -14,16 +14,18 @@ with weights from dev lists, a file or by hand, with or without references.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from mixbits.asr.formats.jsonl import NBestFile, read_nbest
 from mixbits.asr.nbest import NBest, one_best_texts, reference_texts
 from mixbits.asr.rescore import DEFAULT_MAX_TOKENS, LmFeatures, apply_weights
 from mixbits.asr.tune import tune_on_lists
 from mixbits.asr.weights import SCALES, Weights, check_no_overlap
-from mixbits.errors import SpecError
+from mixbits.errors import DataError, SpecError
 from mixbits.pipeline.lm_scores import Scoring, SpeechModel, neural_features, unknown_share
 from mixbits.pipeline.speech_rows import (
     FIRST_PASS,
@@ -43,13 +45,18 @@ UNKNOWN_WORDS = "A word outside the language model's vocabulary gets the probabi
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How language models score lists; see :func:`mixbits.pipeline.lm_scores.neural_features`."""
+    """How language models score lists; see :func:`mixbits.pipeline.lm_scores.neural_features`.
+
+    ``interpolate``: "equal" puts the mean of the model's and the list's own LM score (natural logs, unscaled) in the place of
+    both, with one weight; "tuned" gives each a weight of its own.
+    """
 
     lower_case: bool = False
     max_tokens: int = DEFAULT_MAX_TOKENS
     scoring: Scoring = "trie"
     cache: str | Path | None = None
     show_progress: bool = False
+    interpolate: Literal["tuned", "equal"] = "tuned"
 
     def score(self, model: SpeechModel, lists: Sequence[NBest]) -> LmFeatures:
         """LM scores of all hypotheses."""
@@ -58,15 +65,29 @@ class ScoreSettings:
             cache=self.cache, progress=self.show_progress,
         )  # fmt: skip
 
+    def apart(self, model: SpeechModel, lists: Sequence[NBest]) -> tuple[Sequence[NBest], LmFeatures]:
+        """Lists and LM scores with a weight each, as ``interpolate`` says. Raises DataError where a list has no LM score to mix."""
+        lm = self.score(model, lists)
+        if self.interpolate == "tuned":
+            return lists, lm
+        own = [h.lm_score for entry in lists for h in entry.hypotheses]
+        if None in own:
+            raise DataError(
+                "interpolate is 'equal' and some hypotheses have no lm_score; expected the n-gram's for all"
+            )
+        mean = 0.5 * (lm.neural_lm_score + np.array(own, dtype=np.float64))
+        bare = [replace(e, hypotheses=tuple(replace(h, lm_score=None) for h in e.hypotheses)) for e in lists]
+        return bare, replace(lm, neural_lm_score=mean)
+
 
 def tune_system(model: SpeechModel | None, dev: NBestFile, *, settings: ScoreSettings, seed: int = 0) -> Weights:
     """Weights of a system, tuned on dev lists with references; ``model`` None tunes the first pass alone."""
     reference_texts(dev)
     if model is None:
         return tune_on_lists(dev, data_hash=dev.data_hash, seed=seed).weights
-    lm = settings.score(model, dev)
+    lists, lm = settings.apart(model, dev)
     return tune_on_lists(
-        dev,
+        lists,
         neural_lm_score=lm.neural_lm_score,
         num_unknown=lm.num_unknown,
         model_hash=model.model_hash,
@@ -89,11 +110,14 @@ def rescore_systems(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     scoring: Scoring = "trie",
     cache: str | Path | None = None,
+    interpolate: Literal["tuned", "equal"] = "tuned",
+    max_hypotheses: int | None = None,
 ) -> dict[str, Any]:
     """Tune every system on ``dev``, apply it to every test list, compare with ``reference_system``.
 
     Args:
         systems: name → model directory. tests: name → list; the one named ``test``, else the first, is the headline.
+        interpolate: see :class:`ScoreSettings`. max_hypotheses: only that many from the top of every list are looked at.
         cache: folder of kept LM scores, so that a second run needs no model.
 
     Returns plain data for a summary: ``reference_system``, ``rows`` (name → entry on the headline list, see :func:`mixbits.pipeline.speech_rows.compare`),
@@ -104,8 +128,9 @@ def rescore_systems(
         SpecError: the reference system is missing, or a name is taken. DataError, FormatError: lists or models.
     """
     _check_names(systems, tests, reference_system)
-    settings = ScoreSettings(lower_case, max_tokens, scoring, cache, show_progress)
-    dev_file, files = read_nbest(dev), {name: read_nbest(path) for name, path in tests.items()}
+    settings = ScoreSettings(lower_case, max_tokens, scoring, cache, show_progress, interpolate)
+    dev_file = _cut(read_nbest(dev), max_hypotheses)
+    files = {name: _cut(read_nbest(path), max_hypotheses) for name, path in tests.items()}
     reference_texts(dev_file)
     for file in files.values():
         reference_texts(file)
@@ -119,8 +144,8 @@ def rescore_systems(
         model = models.pop(system)  # one model in memory at a time
         weights[system] = tune_system(model, dev_file, settings=settings, seed=seed)
         for name, file in files.items():
-            lm = None if model is None else settings.score(model, file)
-            outputs[name][system] = apply_weights(file, lm, weights[system], allow_overlap=allow_overlap).one_best
+            lists, lm = (file, None) if model is None else settings.apart(model, file)
+            outputs[name][system] = apply_weights(lists, lm, weights[system], allow_overlap=allow_overlap).one_best
         if model is not None and system == reference_system:
             for name, file in {"dev": dev_file, **files}.items():
                 unknown[name] = unknown_share(model.tokenizer, reference_texts(file), lower_case=lower_case)
@@ -147,6 +172,13 @@ def rescore_systems(
         "lower_case": lower_case,
         "notes": notes,
     }
+
+
+def _cut(file: NBestFile, number: int | None) -> NBestFile:
+    """The file with at most ``number`` hypotheses an utterance."""
+    if number is None:
+        return file
+    return replace(file, lists=tuple(replace(e, hypotheses=e.hypotheses[:number]) for e in file.lists))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mixbits.errors import DataError, SpecError
 from mixbits.lm.presets import ModelSize
 from mixbits.lm.train_settings import TrainSettings
+from mixbits.pipeline.search_settings import SearchSettings
+
+Measure = Literal["hessian", "fisher", "kl", "loss"]
 
 
 class _Frozen(BaseModel):
@@ -50,21 +53,63 @@ class Vocabulary(_Frozen):
     path: str | None = None
 
 
-class QuantizeSettings(_Frozen):
-    """Quantized training of one model: method, length, refinement of scales, biases and norms at the end."""
+Method = Literal["straight-through", "admm", "proximal"]
 
-    method: Literal["straight-through", "admm"] = "straight-through"
-    train: TrainSettings = TrainSettings(epochs=3, learning_rate=3e-4, teacher_weight=0.5)
+
+class AdmmSettings(_Frozen):
+    """ADMM training; see :class:`mixbits.quant.admm.Admm`. None: what suits the solver."""
+
+    solver: Literal["projected", "adamw", "extragradient", "extragradient-adamw"] = "projected"
+    gamma: float | None = Field(None, gt=0)
+    gamma_final: float | None = Field(None, gt=0)
+    gamma_rule: Literal["constant", "geometric", "residual"] = "geometric"
+    num_updates: int | None = Field(None, ge=1)
+    lookahead_rate: float = Field(0.02, gt=0)
+    descent_rate: float = Field(0.001, gt=0)
+    primal_tolerance: float = Field(0.0, ge=0)
+    dual_tolerance: float = Field(0.0, ge=0)
+    patience: int = Field(3, ge=1)
+    finish_straight_through: float = Field(0.0, ge=0, lt=1)
+
+
+class ProximalSettings(_Frozen):
+    """Proximal annealing; see :class:`mixbits.quant.proximal.Proximal`."""
+
+    kind: Literal["parq", "soft-threshold", "average"] = "parq"
+    anneal_start: float = Field(0.0, ge=0, lt=1)
+    anneal_end: float = Field(0.6, gt=0, le=1)
+    steepness: float = Field(10.0, gt=0, le=100)
+
+
+class QuantizeSettings(_Frozen):
+    """Quantized training of one model: method, length, refinement of scales, biases and norms at the end.
+
+    ``scales``: where straight-through training takes its scales from (`mixbits.quant.qat`); ``scale_learning_rate``: of learned
+    ones, None is the training's own. ``progressive``: stages (share of the training, bits) that come before the final specs,
+    e.g. ``[[0.2, 8], [0.2, 4]]`` (`mixbits.quant.progressive`).
+    """
+
+    method: Method = "straight-through"
+    train: TrainSettings = TrainSettings(epochs=3, learning_rate=1e-3, teacher_weight=1.0)
     refine_epochs: float = Field(0.5, ge=0)
     refine_learning_rate: float = Field(1e-4, gt=0)
-    admm_gamma: float = Field(0.1, gt=0)
-    admm_gamma_final: float = Field(3.0, gt=0)
-    admm_updates: int = Field(10, ge=1)
+    scales: Literal["follow", "fixed", "learned"] = "learned"
+    scale_learning_rate: float | None = Field(None, gt=0)
+    progressive: tuple[tuple[float, float], ...] = ()
+    admm: AdmmSettings = AdmmSettings()
+    proximal: ProximalSettings = ProximalSettings()
+
+    @model_validator(mode="after")
+    def _only_straight_through(self) -> QuantizeSettings:
+        if self.progressive and self.method != "straight-through":
+            raise ValueError(f"progressive lowers bits in straight-through training; method is {self.method}")
+        return self
 
 
 class MeasureSettings(_Frozen):
-    """Hessian sensitivities: probes, and blocks of training text they are taken on."""
+    """Sensitivities: which measure, and the blocks of training text it is taken on; probes are the Hessian's."""
 
+    measure: Literal["hessian", "fisher", "kl", "loss"] = "hessian"
     num_probes: int = Field(50, ge=1)
     num_blocks: int = Field(32, ge=1)
     micro_batch: int = Field(4, ge=1)
@@ -75,32 +120,55 @@ class MeasureSettings(_Frozen):
 class Row(_Frozen):
     """One quantized model of an experiment: a uniform ``spec``, or learned bits under a budget.
 
-    ``specs``: what learned bits may be chosen from; None is everything that was measured.
+    ``specs``: what learned bits may be chosen from; None is everything that was measured. ``measure``: what they are learned by
+    (None: measure.measure); ``prototypes`` takes the experiment's own uniform rows. ``granularity``: what shares a spec.
+    ``start``: training starts from the full-precision weights, or each unit from the experiment's own uniform row of its spec, as in the
+    papers. ``quantize``: settings of quantized training that differ from the experiment's, e.g. ``{scales: follow}``.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     spec: str | None = None
     ratio: float | None = Field(None, gt=0)
     specs: tuple[str, ...] | None = None
-    method: Literal["straight-through", "admm"] | None = None
+    method: Method | None = None
+    measure: Measure | Literal["prototypes", "search"] | None = None
+    granularity: Literal["matrix", "sublayer", "layer"] = "matrix"
+    start: Literal["full", "prototypes"] = "full"
+    quantize: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_of(self) -> Row:
         if (self.spec is None) == (self.ratio is None):
             raise ValueError(f"row {self.name!r} needs exactly one of 'spec' (uniform) and 'ratio' (learned)")
+        if self.spec is not None and (self.measure or self.specs or self.granularity != "matrix"):
+            raise ValueError(f"row {self.name!r} is uniform: measure, specs and granularity are for learned bits")
         return self
+
+    def settings(self, base: QuantizeSettings) -> QuantizeSettings:
+        """``base`` with what this row changes."""
+        changes = {**self.quantize, **({"method": self.method} if self.method else {})}
+        return QuantizeSettings.model_validate(_merged(base.model_dump(), changes))
 
 
 class SpeechLists(_Frozen):
-    """n-best lists: weights are tuned on ``dev`` only; ``test`` lists are read once."""
+    """n-best lists: weights are tuned on ``dev`` only; ``test`` lists are read once.
+
+    ``max_hypotheses``: only that many from the top of each list; ``interpolate``: "equal" mixes the model with the lists' own LM
+    score half and half (:class:`mixbits.pipeline.rescore.ScoreSettings`).
+    """
 
     dev: str
     test: dict[str, str]
     lower_case: bool = False
+    max_hypotheses: int | None = Field(None, ge=1)
+    interpolate: Literal["tuned", "equal"] = "tuned"
 
 
 class ExperimentSettings(_Frozen):
-    """An experiment: one full-precision model, several quantized ones, one results summary."""
+    """An experiment: one full-precision model, several quantized ones, one results summary.
+
+    ``compare_measures``: taken as well, for their agreement with each other. With several ``seeds`` all of it is done once a seed (initial weights, order of the data, measuring, training) and averaged.
+    """
 
     title: str
     text: TextFiles
@@ -109,30 +177,62 @@ class ExperimentSettings(_Frozen):
     full: TrainSettings = TrainSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     measure: MeasureSettings = MeasureSettings()
+    search: SearchSettings = SearchSettings()
     rows: tuple[Row, ...]
     speech: SpeechLists | None = None
     seed: int = Field(0, ge=0, lt=2**32)
+    seeds: tuple[int, ...] = ()
+    compare_measures: tuple[Measure | Literal["prototypes"], ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> ExperimentSettings:
         names = [row.name for row in self.rows]
         if len(set(names)) != len(names) or {"full", "full-continued", "first-pass"} & set(names):
             raise ValueError("row names must differ from each other and from full, full-continued and first-pass")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds are {list(self.seeds)}; each may be there once")
+        for row in self.rows:
+            row.settings(self.quantize)
         if self.full.context != self.model.context or self.quantize.train.context != self.model.context:
             raise ValueError("full.context, quantize.train.context and model.context must be the same number")
         return self
 
+    def for_seed(self, seed: int) -> ExperimentSettings:
+        """The experiment with one seed for everything."""
+        quantize = self.quantize.model_copy(update={"train": self.quantize.train.model_copy(update={"seed": seed})})
+        return self.model_copy(
+            update={
+                "seed": seed,
+                "seeds": (),
+                "full": self.full.model_copy(update={"seed": seed}),
+                "quantize": quantize,
+                "measure": self.measure.model_copy(update={"seed": seed}),
+                "search": self.search.model_copy(update={"seed": seed}),
+            }
+        )
 
-def _expand(value: Any, where: str) -> Any:
+
+def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` put in, group by group."""
+    result = dict(base)
+    for key, value in changes.items():
+        inner = result.get(key)
+        result[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+    return result
+
+
+def _expand(value: Any, where: str, *, unset: Literal["error", "keep"] = "error") -> Any:
     if isinstance(value, dict):
-        return {k: _expand(v, f"{where}.{k}") for k, v in value.items()}
+        return {k: _expand(v, f"{where}.{k}", unset=unset) for k, v in value.items()}
     if isinstance(value, list):
-        return [_expand(v, where) for v in value]
+        return [_expand(v, where, unset=unset) for v in value]
     if not isinstance(value, str):
         return value
 
     def replace(match: re.Match[str]) -> str:
         name = match.group(1)
+        if name not in os.environ and unset == "keep":
+            return match.group(0)
         if name not in os.environ:
             raise DataError(
                 f"{where}: environment variable {name} is not set; set it to the folder that holds the data"
@@ -171,8 +271,13 @@ def _override(data: dict[str, Any], text: str) -> None:
         raise SpecError(f"override {text!r}: value cannot be read ({str(error).splitlines()[0]})") from None
 
 
-def load_experiment(path: str | Path, overrides: tuple[str, ...] = ()) -> ExperimentSettings:
-    """Read a recipe. Raises DataError when it is missing, SpecError naming the offending key otherwise."""
+def load_experiment(
+    path: str | Path, overrides: tuple[str, ...] = (), *, unset: Literal["error", "keep"] = "error"
+) -> ExperimentSettings:
+    """Read a recipe; ``unset``: what becomes of environment variables that are not set.
+
+    Raises DataError when the recipe is missing or a variable is not set, SpecError naming the offending key otherwise.
+    """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such recipe; expected a YAML file like those in recipes/")
@@ -184,7 +289,7 @@ def load_experiment(path: str | Path, overrides: tuple[str, ...] = ()) -> Experi
         raise SpecError(f"{path}: expected a YAML mapping of settings")
     for text in overrides:
         _override(data, text)
-    return validate(ExperimentSettings, _expand(data, str(path)), where=str(path))
+    return validate(ExperimentSettings, _expand(data, str(path), unset=unset), where=str(path))
 
 
 def validate(kind: type[Any], data: Any, *, where: str) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from mixbits.lm.perplexity import Perplexity, from_nll, paired_difference
 from mixbits.pipeline.prepare import PreparedText
 from mixbits.pipeline.rows import TrainedRow
 from mixbits.pipeline.settings import ExperimentSettings, portable
+from mixbits.quant.measures.agreement import rank_agreement
 from mixbits.quant.sensitivity import Sensitivities
 from mixbits.runs import versions
 from mixbits.spec import BitAllocation, ModelInventory, bits_per_weight, compression_ratio
@@ -20,11 +22,60 @@ from mixbits.spec import BitAllocation, ModelInventory, bits_per_weight, compres
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A trained row with its test perplexity."""
+    """A trained row with its test perplexity; averaged over seeds, ``by_seed`` holds each seed's own."""
 
     name: str
     trained: TrainedRow
     result: Perplexity
+    by_seed: tuple[Perplexity, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All that an experiment found: rows, the name of the baseline, bits, and what these were learned from.
+
+    ``measured``: sensitivities by measure, of the first seed where there are several; ``chosen``: which measure's each learned row took.
+    """
+
+    text: PreparedText
+    inventory: ModelInventory
+    evaluated: Mapping[str, Evaluated]
+    baseline: str
+    allocations: Mapping[str, BitAllocation]
+    measured: Mapping[str, Sensitivities]
+    speech: Mapping[str, Any] | None
+
+
+def baseline_name(trained: Mapping[str, TrainedRow]) -> str:
+    """What losses are measured against: the better of the two full-precision rows on validation."""
+    return min(("full", "full-continued"), key=lambda name: trained[name].record["valid_nats"])
+
+
+def average_seeds(runs: Sequence[Finished]) -> Finished:
+    """One experiment of several runs that differ in the seed only: every token's log-probability averaged over the seeds.
+
+    Sizes are the largest, times the mean. Allocations, sensitivities and words are those of the first run.
+    """
+    first = runs[0]
+    evaluated = {}
+    for name, item in first.evaluated.items():
+        results = tuple(run.evaluated[name].result for run in runs)
+        nll = np.mean([r.nll.astype(np.float64) for r in results], axis=0)
+        mean = from_nll(nll, first.text.test, context=item.result.context, stride=item.result.stride)
+        record = _average_record([run.evaluated[name].trained.record for run in runs])
+        evaluated[name] = Evaluated(name, TrainedRow(item.trained.folder, record), mean, results)
+    baseline = baseline_name({name: item.trained for name, item in evaluated.items()})
+    return replace(first, evaluated=evaluated, baseline=baseline)
+
+
+def _average_record(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first record with mean validation loss and time, and the largest size."""
+    record = dict(records[0])
+    for key, merge in (("valid_nats", statistics.fmean), ("train_seconds", statistics.fmean), ("bytes", max)):
+        values = [r[key] for r in records if r.get(key) is not None]
+        if key in record:
+            record[key] = merge(values) if len(values) == len(records) else None
+    return record
 
 
 def equal_bytes(
@@ -98,7 +149,7 @@ def _row_json(
     record, result = item.trained.record, item.result
     size = int(record.get("bytes") or inventory.full_bytes)
     delta, stderr = paired_difference(result, baseline.result, text.test)
-    row = {
+    row: dict[str, Any] = {
         "name": item.name,
         "bytes": size,
         "ratio": compression_ratio(inventory, size),
@@ -114,23 +165,20 @@ def _row_json(
         "method": record.get("method"),
         "epochs": record.get("epochs"),
         "train_seconds": record.get("train_seconds"),
+        **{key: record[key] for key in ("steps", "measure", "grid", "scales", "precision") if key in record},
     }
+    if item.by_seed:
+        deltas = [a.nats_per_token - b.nats_per_token for a, b in zip(item.by_seed, baseline.by_seed, strict=True)]
+        row["ppl_by_seed"] = [r.ppl for r in item.by_seed]
+        row["delta_nats_by_seed"] = deltas
+        row["delta_nats_seed_stderr"] = float(np.std(deltas, ddof=1) / np.sqrt(len(deltas)))
     return row | dict((speech or {}).get("rows", {}).get(item.name, {}))
 
 
-def summarize(
-    settings: ExperimentSettings,
-    text: PreparedText,
-    inventory: ModelInventory,
-    evaluated: Mapping[str, Evaluated],
-    baseline_name: str,
-    allocations: Mapping[str, BitAllocation],
-    sensitivities: Sensitivities,
-    speech: Mapping[str, Any] | None,
-    command: str,
-) -> dict[str, Any]:
-    """Plain data for :func:`mixbits.summary.write_summary`. Differences are to the row ``baseline_name``."""
-    full, baseline = evaluated["full"], evaluated[baseline_name]
+def summarize(settings: ExperimentSettings, found: Finished, command: str) -> dict[str, Any]:
+    """Plain data for :func:`mixbits.summary.write_summary`. Differences are to the baseline."""
+    text, inventory, evaluated, speech = found.text, found.inventory, found.evaluated, found.speech
+    full, baseline = evaluated["full"], evaluated[found.baseline]
     rows = [_row_json(e, baseline, inventory, text, speech) for e in evaluated.values()]
     if speech is not None:  # systems without a language model of ours come first
         blank = {"bytes": None, "ratio": None, "bits_per_weight": None, "ppl": None, "ppl_stderr": None}
@@ -138,11 +186,13 @@ def summarize(
     sizes = {n: int(e.trained.record["bytes"]) for n, e in evaluated.items() if e.trained.record.get("bytes")}
     results = {n: e.result for n, e in evaluated.items()}
     stored = (full.trained.model / "model.safetensors").stat().st_size
+    main = settings.measure.measure if settings.measure.measure in found.measured else next(iter(found.measured), None)
     return {
         "format": "mixbits-summary",
         "format_version": 1,
         "title": settings.title,
         "seed": settings.seed,
+        "seeds": list(settings.seeds or (settings.seed,)),
         "versions": versions(),
         "command": command,
         "data": {
@@ -150,12 +200,13 @@ def summarize(
             "vocabulary": len(text.tokenizer),
             "unknown_share_test": text.test.num_unknown / text.test.num_words,
         },
-        "baseline": baseline.name,
+        "baseline": found.baseline,
         "rows": rows,
         "equal_bytes": _equal_bytes_rows(settings, sizes, results, text.test),
-        "allocations": {n: {u: str(s) for u, s in a.specs.items()} for n, a in allocations.items()},
+        "allocations": {n: {u: str(s) for u, s in a.specs.items()} for n, a in found.allocations.items()},
         "unit_weights": {u.name: u.num_weights for u in inventory.units},
-        "sensitivity": _sensitivity_json(sensitivities),
+        "sensitivity": _sensitivity_json(found.measured[main]) if main else {},
+        "measures": measure_facts(found.measured),
         "asr": {k: v for k, v in speech.items() if k != "rows"} if speech else {},
         "notes": [
             f"Full precision is counted as 4 bytes x {inventory.num_parameters:,} distinct parameters = {inventory.full_bytes:,} bytes; "
@@ -163,11 +214,32 @@ def summarize(
             "Unknown words are predicted as one <unk> each.",
             f"Test perplexity: sliding window of {settings.model.context} tokens, stride {max(1, settings.model.context // 2)}, float32, "
             "models loaded back from disk; standard errors over sentences.",
+            *_seed_notes(settings),
             *(speech or {}).get("notes", []),
         ],
         "settings": portable(settings.model_dump()),
         "training_logs": {n: e.trained.record.get("log", []) for n, e in evaluated.items()},
     }
+
+
+def _seed_notes(settings: ExperimentSettings) -> list[str]:
+    if len(settings.seeds) < 2:
+        return []
+    return [
+        f"Means over the seeds {', '.join(map(str, settings.seeds))} (log-probabilities averaged token by token, sizes the largest); bits, "
+        "sensitivities and words are those of the first. delta_nats_seed_stderr is the standard error over seeds."
+    ]
+
+
+def measure_facts(measured: Mapping[str, Sensitivities]) -> dict[str, Any]:
+    """Cost of each measure, its error, and how well it ranks units and specs against losses measured before and after training."""
+    facts: dict[str, Any] = {}
+    for name, found in measured.items():
+        facts[name] = {"cost_forward_backwards": found.cost_forward_backwards}
+        for truth, when in (("loss", "before_training"), ("prototypes", "after_training")):
+            if truth in measured and truth != name:
+                facts[name][f"rank_correlation_{when}"] = rank_agreement(found, measured[truth]).to_json()
+    return facts
 
 
 def _sensitivity_json(sensitivities: Sensitivities) -> dict[str, Any]:

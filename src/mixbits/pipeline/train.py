@@ -58,7 +58,7 @@ def train_continued(
 
     def work(train_folder: Path, model_folder: Path) -> dict[str, Any]:
         model, _ = load_model(full.model)
-        teacher = load_model(full.model)[0] if more.teacher_weight else None
+        teacher = load_model(full.model)[0] if more.needs_teacher else None
         found = train_model(
             model, text.train, text.valid, more, train_folder,
             teacher=teacher, resume=True, title="full-continued", show_progress=show_progress,
