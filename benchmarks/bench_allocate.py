@@ -113,7 +113,8 @@ def main() -> None:
         )
         rows.append(row)
     fronts = []
-    for num_units, granularity in ((25, "matrix"), (100, "matrix"), (100, "layer"), (300, "matrix")):
+    kinds: tuple[tuple[int, UnitGranularity], ...] = ((25, "matrix"), (100, "matrix"), (100, "layer"), (300, "matrix"))
+    for num_units, granularity in kinds:
         row = measure_front(num_units, granularity, args.seeds)
         print(
             f"front of {num_units} units by {granularity}: median {row['cpu_seconds_median']:.1f} s CPU; {row['proved_optimal']} of "

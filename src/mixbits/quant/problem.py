@@ -4,8 +4,8 @@ What :mod:`mixbits.quant.allocate` (one budget) and :mod:`mixbits.quant.front` (
 the sum of its units' predicted losses, each clamped at 0 on its own: clamping the sum instead would let one unit's
 negative value (noise, or a saddle) pay for another's real loss, and coarser groups would seem better than finer ones.
 
-Never worse than uniform: the search starts from the best of the smallest file and all uniform allocations that
-fit, so that what it returns predicts no more loss than any of them, proved optimal or not.
+Never worse than uniform: what is proved optimal cannot be; what is not proved is held against every uniform allocation
+that fits, and the better one is returned.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Problem:
         if unknown:
             raise SpecError(f"fixed names unknown unit {unknown[0]!r}; the model has e.g. {inventory.units[0].name!r}")
         complete = complete_groups(inventory, groups)
-        candidates = tuple(tuple(_candidates(group, sensitivities, specs, fixed)) for group in complete)
+        known: dict[tuple[QuantSpec, ...], tuple[QuantSpec, ...]] = {}
+        options = (tuple(_candidates(group, sensitivities, specs, fixed)) for group in complete)
+        candidates = tuple(known.setdefault(c, c) for c in options)  # equal ones are one object
         value = _values(sensitivities, complete, candidates)
         return cls(inventory, complete, candidates, value, FileSizes.of(inventory, candidates, complete), fixed)
 
@@ -147,18 +149,27 @@ class Problem:
 
     def _choice(self, specs: Mapping[str, QuantSpec]) -> np.ndarray | None:
         """The options (K,) that give every unit its spec; None if a group cannot."""
-        choice = []
+        choice, index = [], dict[tuple[int, int], int | None]()  # few distinct objects: hashing a spec costs more
         for names, options in zip(self.groups, self.candidates, strict=True):
-            wanted = {specs[name] for name in names}
-            if len(wanted) > 1 or not wanted <= set(options):
+            wanted = specs[names[0]]
+            key = id(options), id(wanted)
+            if key not in index:
+                index[key] = options.index(wanted) if wanted in options else None
+            place = index[key]
+            if place is None or any(specs[name] != wanted for name in names[1:]):
                 return None
-            choice.append(options.index(wanted.pop()))
+            choice.append(place)
         return np.array(choice)
 
-    def _best_uniform(self, max_bytes: int) -> list[np.ndarray]:
-        """The uniform choice of least loss that fits, if one does."""
-        ranked = sorted((choice for _, choice in self.uniforms), key=self.loss)
-        return next(([choice] for choice in ranked if self.num_bytes(choice) <= max_bytes), [])
+    def _better_uniform(self, solution: Solution, max_bytes: int) -> Solution:
+        """``solution``, or the uniform allocation of least loss that fits, if that has less."""
+        rows, at_least = np.arange(len(self.groups)), self.sizes.data + self.sizes.entries
+        for loss, choice in sorted(((self.loss(c), c) for _, c in self.uniforms), key=lambda pair: pair[0]):
+            if loss >= self.loss(solution.choice):
+                break
+            if at_least[rows, choice].sum() <= max_bytes and self.num_bytes(choice) <= max_bytes:
+                return Solution(self._dominators[rows, choice], loss, min(loss, solution.bound))
+        return solution
 
     def check_size(self, max_bytes: int) -> None:
         """Raise SpecError, naming the smallest size, if no choice fits."""
@@ -183,10 +194,10 @@ class Problem:
         Raises SpecError when nothing fits.
         """
         self.check_size(max_bytes)
-        fitting = [self.smallest, *starts, *self._best_uniform(max_bytes)]
         rows = np.arange(len(self.groups))
-        start = min((self._dominators[rows, choice] for choice in fitting), key=self.loss)
-        return solve(self.useful, self.sizes, max_bytes, lambda c: self.num_bytes(c) <= max_bytes, start)
+        start = min((self._dominators[rows, choice] for choice in (self.smallest, *starts)), key=self.loss)
+        solution = solve(self.useful, self.sizes, max_bytes, lambda c: self.num_bytes(c) <= max_bytes, start)
+        return self._better_uniform(solution, max_bytes) if solution.gap > 0 else solution
 
     def next_larger(self, solution: Solution, max_bytes: int) -> Larger | None:
         """The smallest file that predicts less loss than ``solution``, the answer for ``max_bytes``; None: nothing does."""
