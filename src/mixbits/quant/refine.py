@@ -3,9 +3,6 @@
 With W = scale * V the gradient of a group's scale is the sum of the weight gradients times the levels. In a product unit V
 are the codebook's entries: an entry's gradient is the sum of scale times weight gradient over the vectors that use it.
 Delivered scales and codebooks are rounded as they are stored.
-
-Limits: the trainer clips the gradients of the model's own parameters only, so those of the scales are not clipped. That does no
-harm with AdamW, whose step is at most about the learning rate however large a gradient is; it would with plain gradient descent.
 """
 
 from __future__ import annotations
