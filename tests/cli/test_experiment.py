@@ -1,5 +1,7 @@
 """``mixbits experiment``: a recipe file, overrides, summary and report; mistakes that are one line each."""
 
+from pathlib import Path
+
 import pytest
 
 from mixbits.cli.main import main
@@ -64,3 +66,15 @@ def test_mistakes(recipe, tmp_path, capsys, monkeypatch):
     fails(str(recipe), "text.test=missing.txt", saying="missing.txt: no such text file")
     monkeypatch.delenv("TINY")
     fails(str(recipe), saying="environment variable TINY is not set")
+
+
+def test_a_dry_run_shows_sizes_and_what_is_missing(monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("MIXBITS_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    recipe = Path(__file__).parents[2] / "recipes" / "ptb-small.yaml"
+    assert main(["experiment", str(recipe), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "learned-16x" in out
+    assert "16.00" in out
+    assert "missing: ${MIXBITS_DATA}/ptb/ptb.train.txt" in out
+    assert not any(tmp_path.iterdir())

@@ -14,10 +14,11 @@ from mixbits.lm.corpus import encode_file
 from mixbits.lm.perplexity import perplexity
 from mixbits.lm.train import TrainSettings
 from mixbits.pipeline import compress as module
+from mixbits.pipeline.manifest import verify_manifest
 from mixbits.pipeline.settings import MeasureSettings, QuantizeSettings
 from mixbits.quant.units import find_units
 from mixbits.runs import read_json
-from mixbits.spec import predicted_bytes
+from mixbits.spec import BitAllocation, QuantSpec, predicted_bytes
 
 MEASURE = MeasureSettings(num_probes=2, num_blocks=4)
 
@@ -209,3 +210,32 @@ def test_bad_input(tmp_path, trained, texts, make_model, monkeypatch):
     with pytest.raises(DataError, match=r"nowhere: no config\.json; expected a Hugging Face model"):
         run(tmp_path / "nowhere", texts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_uniform_bits_win_where_learned_ones_lose(tmp_path, trained, texts, monkeypatch):
+    """The learned allocation is replaced by a foolish one: one bit for all but the biggest waste."""
+    real = module.allocate
+
+    def foolish(inventory, sensitivities, *, max_bytes):
+        good = real(inventory, sensitivities, max_bytes=max_bytes)
+        specs = {u.name: QuantSpec.parse("8" if u.is_position_table else "1") for u in inventory.units}
+        return BitAllocation(specs, good.provenance)
+
+    monkeypatch.setattr(module, "allocate", foolish)
+    done = run(trained, texts, tmp_path / "out", max_bytes=6000)
+    assert "loses to uniform" in done.guard
+    assert done.guard.endswith("is returned")
+    assert "1-papers-row" not in {str(s) for s in done.allocation.specs.values()}
+    assert done.file_bytes == os.path.getsize(tmp_path / "out" / "model.safetensors") <= 6000
+    without = run(trained, texts, tmp_path / "out", max_bytes=6000, guard=False, overwrite=True)
+    assert without.guard is None
+    assert without.file_bytes < done.file_bytes
+    assert without.record["valid_nats"] > done.record["valid_nats"]
+
+
+def test_learned_bits_stand_where_they_win(tmp_path, trained, texts):
+    done = run(trained, texts, tmp_path / "out", max_bytes=5200, train=False)  # rounding: deterministic and quick
+    assert "learned bits" in done.guard
+    again = run(trained, texts, tmp_path / "out", max_bytes=5200, train=False)
+    assert again.guard == done.guard
+    assert verify_manifest(tmp_path / "out.work") == []

@@ -74,6 +74,7 @@ def train_quantized(
         "valid_nats": found["valid_nats"],
         "steps": found["steps"],
         "epochs": settings.train.epochs,
+        "precision": found["precision"],
         "log": figures_log(found["log"]),
     }
     if settings.refine_epochs > 0:

@@ -42,6 +42,7 @@ def train_full(
             "valid_nats": found["valid_nats"],
             "steps": found["steps"],
             "epochs": settings.full.epochs,
+            "precision": found["precision"],
             "log": figures_log(found["log"]),
         }
 
@@ -68,6 +69,7 @@ def train_continued(
             "valid_nats": found["valid_nats"],
             "steps": found["steps"],
             "epochs": more.epochs,
+            "precision": found["precision"],
             "log": figures_log(found["log"]),
         }
 

@@ -7,7 +7,7 @@ where the scale comes from:
 * ``follow``: one alternating step (nearest codes, least-squares scale) from the last scale each time;
 * ``fixed``: the best scale of the weights that training started from;
 * ``learned``: LSQ (Esser et al., 2020): the scale is a parameter with gradient ``sum G * (V - W/scale)`` inside the grid and
-  ``sum G * V`` beyond its ends, over the weights that share it. It is trained as a logarithm, so that a step of the
+  ``sum G * V`` beyond its ends, over the n weights that share it, divided by sqrt(n). It is trained as a logarithm, so that a step of the
   optimizer is a relative change, whatever the unit's magnitude.
 
 Beyond the ends of the grid a weight can no longer change its code soon, and ``learned`` cuts its gradient there. At two bits
@@ -136,8 +136,10 @@ class StraightThrough:
         scale = self.scales[unit.name]
         ratio = unit.matrix / expand_scale(scale, levels.shape[1], unit.spec)
         inside = ratio.abs() <= _end(unit.spec)
-        share = group_sum(gradient * (levels - ratio.mul_(inside)), unit.spec).mul_(scale)
         log_scale = self.log_scales[unit.name]
+        # Divided by the root of the number of weights (LSQ), so that clipping sees gradients of one size; Adam does not mind.
+        damped = scale * (log_scale.numel() / ratio.numel()) ** 0.5
+        share = group_sum(gradient * (levels - ratio.mul_(inside)), unit.spec).mul_(damped)
         log_scale.grad = share if log_scale.grad is None else log_scale.grad.add_(share)
         gradient.mul_(inside)
 
