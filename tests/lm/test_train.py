@@ -464,3 +464,18 @@ def test_log_files_get_one_line_a_validation_and_a_terminal_its_bar_back(tmp_pat
     shown = terminal.getvalue()
     assert "tiny" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is back
+
+
+def test_dropout_off_is_training_a_model_without_dropout(tmp_path):
+    def run(name, probability, dropout):
+        model = job.model()
+        for module in model.modules():
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = probability
+        settings = job.settings(epochs=1).model_copy(update={"dropout": dropout})
+        train_model(model, *job.streams(), settings, tmp_path / name, show_progress=False)
+        return model.state_dict()
+
+    without = run("without", 0.0, "model")
+    assert same_tensors(run("off", 0.5, "off"), without)
+    assert not same_tensors(run("on", 0.5, "model"), without)

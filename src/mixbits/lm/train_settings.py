@@ -11,7 +11,8 @@ class TrainSettings(BaseModel):
     """How long and how fast to train. ``batch_size`` is blocks of ``context`` tokens per step.
 
     ``warmup_fraction`` of the steps raises the learning rate, whatever the schedule after it. ``patience``: stop after that
-    many validations without gain. ``precision``: "auto" is bfloat16 where the machine is fast at it, else float32.
+    many validations without gain. ``precision``: "auto" is bfloat16 where the machine is fast at it, else float32. ``dropout``: as
+    the model was built, or "off", which suits a quantized student that learns from a teacher.
 
     Distillation, with a teacher: ``teacher_weight`` is the share of its distributions' loss, taken at ``teacher_temperature``;
     ``hidden_weight`` adds that much squared error of the ``hidden_layers``' states. ``teacher_cache_mib`` bounds the memory that
@@ -36,6 +37,7 @@ class TrainSettings(BaseModel):
     hidden_weight: float = Field(0.0, ge=0)
     hidden_layers: Literal["last", "all"] = "last"
     teacher_cache_mib: int = Field(1024, ge=0)
+    dropout: Literal["model", "off"] = "model"
     seed: int = Field(0, ge=0, lt=2**32)
 
     @property

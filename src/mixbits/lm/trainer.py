@@ -171,11 +171,12 @@ class LMTrainer(Trainer):
         ids, settings, known = inputs["input_ids"], self.settings, None
         if self.cache is not None:
             known = self.cache.states(inputs["index"], ids[:, :-1])
-        return training_loss(
-            model, ids, teacher=self.teacher, teacher_weight=settings.teacher_weight,
-            temperature=settings.teacher_temperature, hidden_weight=settings.hidden_weight,
-            hidden_layers=settings.hidden_layers, teacher_hidden=known,
-        )  # fmt: skip
+        with evaluation_mode(model) if settings.dropout == "off" else nullcontext():
+            return training_loss(
+                model, ids, teacher=self.teacher, teacher_weight=settings.teacher_weight,
+                temperature=settings.teacher_temperature, hidden_weight=settings.hidden_weight,
+                hidden_layers=settings.hidden_layers, teacher_hidden=known,
+            )  # fmt: skip
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward with the method's hooks around it; stops on a loss that is not finite."""

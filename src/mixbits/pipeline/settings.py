@@ -90,7 +90,7 @@ class QuantizeSettings(_Frozen):
     """
 
     method: Method = "straight-through"
-    train: TrainSettings = TrainSettings(epochs=3, learning_rate=1e-3, teacher_weight=1.0)
+    train: TrainSettings = TrainSettings(epochs=3, learning_rate=1e-3, teacher_weight=1.0, dropout="off")
     refine_epochs: float = Field(0.5, ge=0)
     refine_learning_rate: float = Field(1e-4, gt=0)
     scales: Literal["follow", "fixed", "learned"] = "learned"

@@ -52,9 +52,12 @@ def train_full(
 def train_continued(
     settings: ExperimentSettings, text: PreparedText, full: TrainedRow, folder: Path, *, show_progress: bool = True
 ) -> TrainedRow:
-    """Train the full-precision model on with the quantized models' epochs (refinement included), learning rate and teacher."""
+    """Train the full-precision model on with the quantized models' epochs (refinement included), learning rate and teacher.
+
+    It keeps its dropout, whatever theirs: without, it would learn nothing from a teacher that it is equal to.
+    """
     more = settings.quantize.train
-    more = more.model_copy(update={"epochs": more.epochs + settings.quantize.refine_epochs})
+    more = more.model_copy(update={"epochs": more.epochs + settings.quantize.refine_epochs, "dropout": "model"})
     key = fingerprint("continued", more.model_dump(), model_hash(full.model), text.hashes)
 
     def work(train_folder: Path, model_folder: Path) -> dict[str, Any]:
