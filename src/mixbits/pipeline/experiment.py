@@ -148,7 +148,8 @@ def check_rows(settings: ExperimentSettings, inventory: ModelInventory) -> None:
                 f"row {row.name}: specs {', '.join(map(str, sorted(unmeasured)))} are not among those measured "
                 f"({', '.join(map(str, offered))})"
             )
-        check_budget(inventory, specs, max_bytes=budget_bytes(inventory, ratio=row.ratio))
+        groups = group_units(inventory, row.granularity)
+        check_budget(inventory, specs, max_bytes=budget_bytes(inventory, ratio=row.ratio), groups=groups)
 
 
 def _offered(settings: ExperimentSettings, row: Row) -> tuple[tuple[QuantSpec, ...], tuple[QuantSpec, ...]]:
