@@ -6,11 +6,11 @@ outputs is shown for comparison and has no target. A search step is a training s
 `bench_steps.py` at a batch of 16 x 128 tokens in float32, random weights and tokens.
 
 Time: the systems take turns in one process (A B A B ...), processor time with one thread, ratios within a turn. Checked first: mixing
-weights and mixing outputs of single matrices give the same loss. Memory: peak resident bytes of a process of its own that takes two
-architecture periods, less its resident bytes before the model was built (libraries alone), so that activations, gradients and
+weights and mixing outputs of single matrices give the same loss. Memory: peak resident bytes of a process of its own that takes one
+architecture period, less its resident bytes before the model was built (libraries alone), so that activations, gradients and
 optimizer all count.
 
-Usage: OMP_NUM_THREADS=1 python benchmarks/bench_search.py [--periods 4] [--output results/bench_search.json]
+Usage: OMP_NUM_THREADS=1 python benchmarks/bench_search.py [--periods 3] [--output results/bench_search.json]
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _resident_bytes() -> int:
 
 
 def peak_bytes(kind: str) -> int:
-    """Peak resident bytes of two periods in a process of its own, above its libraries'."""
+    """Peak resident bytes of one period in a process of its own, above its libraries'."""
     command = [sys.executable, __file__, "--memory-of", kind]
     return int(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["bytes"])
 
@@ -134,16 +134,14 @@ def peak_bytes(kind: str) -> int:
 def _memory_of(kind: str) -> None:
     training_loss(build_model(), tokens(0)[:1, :4]).backward()  # whatever a first call loads
     before = _resident_bytes()
-    stepper = Stepper(kind)
-    for _ in range(2):
-        stepper.period(tokens(0))
+    Stepper(kind).period(tokens(0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"bytes": peak - before}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--periods", type=int, default=4, help="turns to time, after one of warm-up")
+    parser.add_argument("--periods", type=int, default=3, help="turns to time, after one of warm-up")
     parser.add_argument("--output", default=None, help="JSON file to write")
     parser.add_argument("--memory-of", default=None, choices=NAMES, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -20,6 +20,7 @@ import torch
 from mixbits.errors import DataError
 from mixbits.lm.corpus import BlockDataset, TokenStream
 from mixbits.lm.loss import evaluation_mode, training_loss
+from mixbits.lm.precision import Precision, resolve_precision
 from mixbits.lm.train import TrainSettings, last_complete_checkpoint, train_model
 from mixbits.lm.trainer import METHOD_FILE
 from mixbits.pipeline.prepare import training_context
@@ -116,8 +117,10 @@ def search_precisions(
     budget = budget_bytes(inventory, ratio=settings.ratio) if max_bytes is None else max_bytes
     context = context or training_context(model)
     stream, blocks = split_blocks(train, context=context, share=settings.held_out_share)
-    precision = getattr(torch, settings.precision)
-    held_out = HeldOutLoss(blocks, batch_size=settings.batch_size, precision=precision, seed=settings.seed)
+    precision = resolve_precision(settings.precision, "cuda" if torch.cuda.is_available() else "cpu")
+    held_out = HeldOutLoss(
+        blocks, batch_size=settings.batch_size, precision=getattr(torch, precision), seed=settings.seed
+    )
     method = SuperNet(
         model, inventory, parse_specs(settings.candidates), max_bytes=budget, held_out_loss=held_out,
         groups=groups or group_units(inventory, settings.granularity), mode=settings.mode, relaxation=settings.relaxation,
@@ -125,7 +128,7 @@ def search_precisions(
         arch_learning_rate=settings.arch_learning_rate, beta=settings.beta, seed=settings.seed,
     )  # fmt: skip
     found = train_model(
-        model, stream, valid, _train_settings(settings, context, teacher), folder,
+        model, stream, valid, _train_settings(settings, context, precision, teacher), folder,
         method=method, teacher=teacher, resume=True, title=title, show_progress=show_progress,
     )  # fmt: skip
     last = last_complete_checkpoint(folder)
@@ -144,18 +147,18 @@ def search_precisions(
         sensitivities,
         one_best(preferences, max_bytes=budget),
         allocate(inventory, sensitivities, max_bytes=budget, groups=preferences.groups),
-        {"steps": found["steps"], "log": found["log"]},
+        {"steps": found["steps"], "log": found["log"], "precision": precision},
     )
 
 
-def _train_settings(settings: SearchSettings, context: int, teacher: Any) -> TrainSettings:
+def _train_settings(settings: SearchSettings, context: int, precision: Precision, teacher: Any) -> TrainSettings:
     return TrainSettings(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         context=context,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
-        precision=settings.precision,
+        precision=precision,
         teacher_weight=settings.teacher_weight if teacher is not None else 0.0,
         seed=settings.seed,
     )

@@ -34,5 +34,5 @@ class SearchSettings(BaseModel):
     beta: float | None = Field(None, ge=0)
     held_out_share: float = Field(0.1, gt=0, lt=1)
     teacher_weight: float = Field(0.5, ge=0, le=1)
-    precision: Literal["bfloat16", "float32"] = "float32"
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
     seed: int = Field(0, ge=0, lt=2**32)

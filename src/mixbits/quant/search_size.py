@@ -80,7 +80,7 @@ class Penalty(Protocol):
 class LagrangePenalty:
     """Multiplier (nats) of the relative violation of the budget; see the module's text."""
 
-    def __init__(self, size: ExpectedSize, max_bytes: int, *, rate: float = 0.1, damping: float = 1.0) -> None:
+    def __init__(self, size: ExpectedSize, max_bytes: int, *, rate: float = 0.1, damping: float = 10.0) -> None:
         if not (rate > 0 and damping >= 0):
             raise SpecError(f"rate is {rate!r}, damping {damping!r}; expected rate > 0 and damping >= 0")
         self.size, self.max_bytes, self.rate, self.damping, self.multiplier = size, max_bytes, rate, damping, 0.0

@@ -74,7 +74,7 @@ class SuperNet:
         arch_learning_rate: float = 0.05,
         beta: float | None = None,
         multiplier_rate: float = 0.1,
-        damping: float = 1.0,
+        damping: float = 10.0,
         seed: int = 0,
     ) -> None:
         self.candidates = tuple(sorted(set(candidates)))
