@@ -15,10 +15,11 @@ does: after each step every weight goes the share ``1 - exp(-gamma / num_steps)`
 counts e-folds over the training. It updates (alpha, V) and lambda at every step.
 
 Why ``projected``: the other three see the gradient at W, where the loss is near its minimum and says nothing about what
-a weight's code costs; weights are pulled to the codes nearest at the start and hardly any code changes (docs/experiments.md). In one
-step the weights make only part of their way to the targets, so ``step`` in 3 is that part; a full step lets lambda run away. Without
-penalty (gamma -> 0) ``projected`` is straight-through training. A Lagrangian solver needs gamma large enough to outweigh the
-loss gradient and updates far enough apart to let the weights reach their targets.
+a weight's code costs; weights are pulled to the codes nearest at the start and hardly any code changes
+(benchmarks/bench_methods.py). In one step the weights make only part of their way to the targets, so ``step`` in 3 is that
+part; a full step lets lambda run away. Without penalty (gamma -> 0) ``projected`` is straight-through training. A Lagrangian
+solver needs gamma large enough to outweigh the loss gradient and updates far enough apart to let the weights reach
+their targets.
 
 When gamma changes, lambda is rescaled so that the multiplier gamma * lambda stays the same. Limits: product units are refused.
 """
