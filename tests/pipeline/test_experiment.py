@@ -351,6 +351,7 @@ def test_every_measure_learns_bits_and_seeds_are_averaged(texts, tmp_path):
             found = data["measures"][name][f"rank_correlation_{when}_training"]
             assert -1 <= found["spearman"] <= 1
         assert data["measures"][name]["cost_forward_backwards"] > 0
+        assert data["measures"][name]["median_relative_stderr"] > 0
     base = summary.row(summary.baseline)
     for row in summary.rows:
         by_seed = row.extra["ppl_by_seed"]

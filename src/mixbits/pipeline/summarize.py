@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -232,10 +233,21 @@ def _seed_notes(settings: ExperimentSettings) -> list[str]:
 
 
 def measure_facts(measured: Mapping[str, Sensitivities]) -> dict[str, Any]:
-    """Cost of each measure, its error, and how well it ranks units and specs against losses measured before and after training."""
+    """Cost of each measure, its median relative error, and how well it ranks units and specs against losses measured before and after
+    training.
+    """
     facts: dict[str, Any] = {}
     for name, found in measured.items():
-        facts[name] = {"cost_forward_backwards": found.cost_forward_backwards}
+        errors = [
+            unit.stderr[spec] / abs(value)
+            for unit in found.units.values()
+            for spec, value in unit.loss_increase.items()
+            if value and math.isfinite(unit.stderr[spec])
+        ]
+        facts[name] = {
+            "cost_forward_backwards": found.cost_forward_backwards,
+            "median_relative_stderr": statistics.median(errors) if errors else None,
+        }
         for truth, when in (("loss", "before_training"), ("prototypes", "after_training")):
             if truth in measured and truth != name:
                 facts[name][f"rank_correlation_{when}"] = rank_agreement(found, measured[truth]).to_json()
