@@ -84,17 +84,17 @@ def sentences() -> tuple[list[str], str]:
 def train(folder: Path) -> tuple[Any, TokenStream, TokenStream, str]:
     text, source = sentences()
     tokenizer = word_tokenizer(text[:SENTENCES], max_words=VOCABULARY, max_length=SIZE.context)
-    streams = [encode(tokenizer, part) for part in (text[:SENTENCES], text[SENTENCES:])]
+    stream, held_out = (encode(tokenizer, part) for part in (text[:SENTENCES], text[SENTENCES:]))
     model = build_model(SIZE, tokenizer, seed=0)
-    train_model(model, *streams, TRAIN, folder / "full", title="full")
-    return model.eval(), *streams, source
+    train_model(model, stream, held_out, TRAIN, folder / "full", title="full")
+    return model.eval(), stream, held_out, source
 
 
 def train_prototypes(
     model: Any, streams: tuple[TokenStream, TokenStream], folder: Path
 ) -> tuple[dict[QuantSpec, dict[str, torch.Tensor]], Any]:
     """Units of a model trained uniformly at each spec, and the model of the highest precision."""
-    result, student, teacher = {}, None, copy.deepcopy(model)
+    result, student, teacher = {}, model, copy.deepcopy(model)
     settings = QuantizeSettings(train=PROTOTYPE, refine_epochs=0)
     for spec in TRAINED_SPECS:
         student = copy.deepcopy(model)
