@@ -107,7 +107,7 @@ class Measuring:
             unpacked(rows[base].model, self.full.model),
             self.inventory,
             batches,
-            tuple(rows),
+            {u.name: tuple(s for s in rows if _is_own(u, s)) for u in self.inventory.units},
             seed=measure.seed,
             prototypes={spec: unit_weights(row.model, self.inventory) for spec, row in rows.items()},
             base=base,
@@ -137,6 +137,11 @@ class Measuring:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.found["search"] = read_sensitivities(path)
         return self.found["search"]
+
+
+def _is_own(unit: Unit, spec: QuantSpec) -> bool:
+    """False for position tables below 4 bits: a uniform model keeps them at 4, so its table says nothing about fewer."""
+    return not unit.is_position_table or spec.bit_width >= 4
 
 
 def unit_weights(packed: Path, inventory: ModelInventory) -> dict[str, torch.Tensor]:
