@@ -438,3 +438,14 @@ def test_the_trainer_takes_the_second_gradient_and_stops_when_asked(opt, mixed, 
     again = train_model(opt, stream, stream, settings, tmp_path, method=method, show_progress=False, resume=True)
     assert again["steps"] == 4
     assert again["valid_nats"] == found["valid_nats"]
+
+
+def test_before_it_has_converged_the_weights_themselves_are_delivered_with_their_best_scales(opt, mixed):
+    method = method_for(opt, mixed, solver="adamw", gamma=1e-3, num_updates=30)
+    for step in range(1, 31):  # the weights never move, so the duals run away and the scales with them
+        method.after_step(opt, step, 30)
+    for unit in method.units:
+        levels, scale = project(unit.matrix, unit.spec)
+        best = float((levels * expand_scale(scale, unit.matrix.shape[1], unit.spec) - unit.matrix).square().sum())
+        reached = float((dequantize(method.quantized()[unit.name]) - unit.matrix).square().sum())
+        assert reached <= best * 1.01  # scales are stored in float16

@@ -238,14 +238,11 @@ class Admm:
         return stored_weights(model, self.units, self.quantized())
 
     def quantized(self) -> dict[str, QuantizedWeight]:
-        """Exact projection: of W, scales searched on from the last ones; for ``projected`` of W + lambda at the last scales."""
+        """Exact projection: of W, with the best scales (the last ones are of W + lambda, which may be far from W before the
+        end); for ``projected``, and when finishing, of W + lambda at the last scales, which the forward pass saw."""
         if self.solver == "projected" or self.finishing:
             return quantize_units(tuple(_moved(u, self.duals[u.name]) for u in self.units), self.scales)
-        scales = {
-            u.name: alternate(u.matrix, self.scales[u.name], u.spec, max_iterations=_MAX_INNER_ITERATIONS)[1]
-            for u in self.units
-        }
-        return quantize_units(self.units, scales)
+        return quantize_units(self.units)
 
     def state_dict(self) -> dict[str, Any]:
         """gamma, scales, duals, targets, and where the method stands."""
