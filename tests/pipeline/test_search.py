@@ -144,7 +144,8 @@ def test_unknown_settings_are_refused():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"relaxation": "gumbel"}, {"mode": "outputs", "granularity": "sublayer"}, {"beta": 0.05}]
+    "changes",
+    [{"relaxation": "gumbel", "basis": "probability"}, {"mode": "outputs", "granularity": "sublayer"}, {"beta": 0.05}],
 )
 def test_other_ways_to_search(trained, streams, budget, tmp_path, changes):
     model, _ = load_model(trained)
@@ -161,6 +162,9 @@ def test_other_ways_to_search(trained, streams, budget, tmp_path, changes):
     )
     assert found.one_best.provenance["predicted_bytes"] <= budget
     assert found.sensitivities.provenance["settings"]["relaxation"] == settings.relaxation
+    assert found.sensitivities.provenance["basis"] == settings.basis
+    if settings.basis == "probability" and found.one_best.provenance["repaired"]:
+        assert found.integer_program.specs == found.one_best.specs
     if settings.granularity == "sublayer":
         for group in found.preferences.groups:
             assert len({found.integer_program.specs[name] for name in group}) == 1

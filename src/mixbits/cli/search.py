@@ -33,6 +33,7 @@ def main(
     relaxation: Annotated[str, typer.Option(help="softmax or gumbel.")] = "softmax",
     mode: Annotated[str, typer.Option(help="Mix weights or outputs.")] = "weights",
     granularity: Annotated[str, typer.Option(help="What shares a spec: matrix, sublayer or layer.")] = "matrix",
+    basis: Annotated[str, typer.Option(help="Sensitivities from: marginal (any budget) or probability.")] = "marginal",
     beta: Annotated[
         float | None, typer.Option(help="The papers' size penalty instead of the budget's multiplier.")
     ] = None,
@@ -59,7 +60,7 @@ def main(
     data: dict[str, Any] = {
         "candidates": [s.strip() for s in specs.split(",") if s.strip()], "epochs": epochs, "batch_size": batch_size,
         "learning_rate": learning_rate, "arch_learning_rate": arch_learning_rate, "arch_every": arch_every,
-        "relaxation": relaxation, "mode": mode, "granularity": granularity, "beta": beta, "seed": seed,
+        "relaxation": relaxation, "mode": mode, "granularity": granularity, "beta": beta, "basis": basis, "seed": seed,
     }  # fmt: skip
     settings = validate(SearchSettings, data, where="mixbits search")
     network, tokenizer = load_model(model)

@@ -141,7 +141,7 @@ def search_precisions(
         "held_out_blocks": len(blocks),
         "held_out_sha256": data_hash([blocks]),
     }
-    sensitivities = to_sensitivities(preferences, provenance=facts)
+    sensitivities = to_sensitivities(preferences, basis=settings.basis, provenance=facts)
     return SearchResult(
         replace(preferences, provenance={**preferences.provenance, **facts}),
         sensitivities,

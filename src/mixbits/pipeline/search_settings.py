@@ -14,7 +14,8 @@ class SearchSettings(BaseModel):
     weights are learned on; ``ratio``: compression ratio to reach, unless a number of bytes is given; ``arch_every``: training
     steps to each architecture step; ``temperatures``: at the start and at the end (None: 1, 1 for softmax and 2, 0.2 for
     gumbel); ``beta``: weight of the papers' penalty, which then takes the Lagrange multiplier's place; ``granularity``: what
-    shares a choice (mode ``outputs`` mixes what ``sublayer`` or ``layer`` groups).
+    shares a choice (mode ``outputs`` mixes what ``sublayer`` or ``layer`` groups); ``basis``: what the sensitivities are made of
+    (`mixbits.quant.search`: marginals for any budget; probabilities only for the search's own).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -32,6 +33,7 @@ class SearchSettings(BaseModel):
     mode: Literal["weights", "outputs"] = "weights"
     granularity: Literal["matrix", "sublayer", "layer"] = "matrix"
     beta: float | None = Field(None, ge=0)
+    basis: Literal["marginal", "probability"] = "marginal"
     held_out_share: float = Field(0.1, gt=0, lt=1)
     teacher_weight: float = Field(0.5, ge=0, le=1)
     precision: Literal["auto", "bfloat16", "float32"] = "auto"

@@ -1,15 +1,21 @@
 """What a search of precisions learned, and the allocations that follow from it.
 
 :class:`Preferences` holds, per group of units and candidate spec, the learned probability and the mean marginal loss: how much
-the held-out loss rises, to first order, per unit of probability moved from the largest candidate to this one, averaged over all
-architecture steps (nats per token, with a standard error over steps).
+the held-out loss rises, to first order, per unit of probability moved from the largest candidate to this one, averaged over
+the first quarter of the architecture steps (nats per token, with a standard error over steps).
 
 From them an allocation in two ways: :func:`one_best` takes every group's most probable candidate (the papers), and where that
 does not fit the budget, the most probable choice that does, ``max sum log p``, found by the integer program of
 `mixbits.quant.allocate`. Or :func:`to_sensitivities` makes an ordinary sensitivity file (measure ``search``) of them, so that any
 budget can be solved for.
 
-Which of the two to make sensitivities of: see :data:`BASIS`.
+Measured on a small Transformer (2 layers, d 48, 14 units, 4 candidates, budget of 2 bits, losses measured unit by unit; four
+searches): the marginals rank units and specs as the measured losses do (Spearman 0.75 to 0.81 over all pairs, 0.9 within a
+spec while the search is young), log-probabilities do not (-0.13 to 0.10), because the size penalty is in them. That is why
+the sensitivity file holds marginals, which are nats. But they are of first order and make large perturbations look too
+harmless: trained at the search's own budget, the most probable choice that fits ended better in three of the four (0.12 to
+0.17 nats above full precision, against 0.15 to 0.19; uniform 0.22, measured losses 0.12). So: :func:`one_best` at that budget, the file
+for others.
 
 Limits: probabilities were learned under one budget and hold its pull; the further another budget is from it, the less they
 say. A group's value is shared out to its units by their numbers of weights, so solve with the same groups.

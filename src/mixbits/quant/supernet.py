@@ -44,6 +44,9 @@ HeldOutLoss = Callable[[nn.Module, int], torch.Tensor]
 """(model, number of architecture steps so far) -> differentiable loss (nats per token) of that step's held-out batch."""
 
 TEMPERATURES: dict[Relaxation, tuple[float, float]] = {"softmax": (1.0, 1.0), "gumbel": (2.0, 0.2)}
+MARGINALS_UNTIL = 0.25
+"""Share of the search whose architecture steps are averaged into the marginal losses: later the trained weights have settled in
+the mixture, the probabilities are no longer alike, and the marginals rank units worse (`mixbits.quant.search`)."""
 _SHARP = 0.99
 _NO_ENTROPY = 0.05  # share of the largest entropy
 _logger = logging.getLogger(__name__)
@@ -101,7 +104,7 @@ class SuperNet:
         self._noise = torch.zeros(shape)
         self._shown: torch.Tensor | None = None
         self._gradient: torch.Tensor | None = None
-        self.arch_steps, self.steps = 0, 0
+        self.arch_steps, self.averaged_steps, self.steps = 0, 0, 0
         self._mean, self._square = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         self.history: list[dict[str, float]] = []
         self.events: list[dict[str, Any]] = []
@@ -155,7 +158,7 @@ class SuperNet:
         if step % self.arch_every:
             return {}
         loss = self._held_out_gradient(model) if self.held_out_loss is not None else None
-        self._architecture_step()
+        self._architecture_step(averaged=not self.arch_steps or step <= MARGINALS_UNTIL * num_steps)
         with torch.no_grad():
             for unit in self.units.values():
                 unit.follow()
@@ -181,7 +184,7 @@ class SuperNet:
         return {
             "weights": self.weights.detach(), "optimizer": self.optimizer.state_dict(),
             "multiplier": self.penalty.multiplier, "temperature": self.temperature,
-            "generator": self.generator.get_state(), "arch_steps": self.arch_steps, "steps": self.steps,
+            "generator": self.generator.get_state(), "arch_steps": self.arch_steps, "averaged_steps": self.averaged_steps, "steps": self.steps,
             "mean": self._mean, "square": self._square, "history": self.history, "events": self.events,
             "scales": {name: {str(s): t for s, t in unit.scales.items()} for name, unit in self.units.items()},
         }  # fmt: skip
@@ -192,7 +195,7 @@ class SuperNet:
         self.optimizer.load_state_dict(state["optimizer"])
         self.penalty.multiplier, self.temperature = state["multiplier"], state["temperature"]
         self.generator.set_state(state["generator"])
-        self.arch_steps, self.steps = state["arch_steps"], state["steps"]
+        self.arch_steps, self.steps, self.averaged_steps = state["arch_steps"], state["steps"], state["averaged_steps"]
         self._mean, self._square = state["mean"].clone(), state["square"].clone()
         self.history, self.events = list(state["history"]), list(state["events"])
         for name, unit in self.units.items():
@@ -263,7 +266,7 @@ class SuperNet:
             )
         return value
 
-    def _architecture_step(self) -> None:
+    def _architecture_step(self, *, averaged: bool) -> None:
         """One step of Adam on a, from ``self._gradient`` and the penalty, then the multiplier's."""
         if self._gradient is None:
             raise SpecError("no gradient of a training step yet: after_step was called before after_backward")
@@ -275,11 +278,13 @@ class SuperNet:
         self.weights.grad = None
         self.penalty.update(self.probabilities().detach())
         self.arch_steps += 1
-        largest = self.size.group_bytes.argmax(1, keepdim=True)
-        against = self._gradient - self._gradient.gather(1, largest)
-        before = against - self._mean
-        self._mean += before / self.arch_steps
-        self._square += before * (against - self._mean)
+        if averaged:
+            largest = self.size.group_bytes.argmax(1, keepdim=True)
+            against = self._gradient - self._gradient.gather(1, largest)
+            before = against - self._mean
+            self.averaged_steps += 1
+            self._mean += before / self.averaged_steps
+            self._square += before * (against - self._mean)
         self._gradient = None
 
     # -- what was found ---------------------------------------------------------------------------------------------
@@ -326,11 +331,12 @@ class SuperNet:
                 "arch_every"
             )
         p = self.probabilities().detach().double()
-        n = self.arch_steps
+        n = self.averaged_steps
         stderr = (self._square / max(1, n - 1) / n).sqrt() if n > 1 else torch.full_like(self._square, math.inf)
         found = Preferences(
             self.inventory, self.candidates, self.groups, _rows(p), _rows(self._mean), _rows(stderr), self._perturbations,
-            {**self._facts, **self._figures(), "steps": self.steps, "architecture_steps": n, "events": list(self.events)},
+            {**self._facts, **self._figures(), "steps": self.steps, "architecture_steps": self.arch_steps,
+             "averaged_steps": n, "events": list(self.events)},
             tuple(self.history),
         )  # fmt: skip
         spec = self._collapsed_to()
