@@ -69,6 +69,7 @@ class AdmmSettings(_Frozen):
     primal_tolerance: float = Field(0.0, ge=0)
     dual_tolerance: float = Field(0.0, ge=0)
     patience: int = Field(3, ge=1)
+    dual_step: float = Field(1.0, ge=0, le=1)
     finish_straight_through: float = Field(0.0, ge=0, lt=1)
 
 
@@ -85,8 +86,8 @@ class QuantizeSettings(_Frozen):
     """Quantized training of one model: method, length, refinement of scales, biases and norms at the end.
 
     ``scales``: where straight-through training takes its scales from (`mixbits.quant.qat`); ``scale_learning_rate``: of learned
-    ones, None is the training's own. ``progressive``: stages (share of the training, bits) that come before the final specs,
-    e.g. ``[[0.2, 8], [0.2, 4]]`` (`mixbits.quant.progressive`).
+    ones, None is the training's own. ``progressive``: stages (share of the training at which they end, bits) that come before the final specs,
+    e.g. ``[[0.2, 8], [0.4, 4]]`` (`mixbits.quant.progressive`).
     """
 
     method: Method = "straight-through"
