@@ -17,7 +17,13 @@ from mixbits.quant.units import find_units
 from mixbits.spec import BitAllocation, QuantSpec, predicted_bytes
 
 SETTINGS = SearchSettings(
-    epochs=2, batch_size=8, learning_rate=1e-3, arch_every=2, arch_learning_rate=0.1, candidates=("1", "2", "4")
+    relaxation="softmax",
+    epochs=2,
+    batch_size=8,
+    learning_rate=1e-3,
+    arch_every=2,
+    arch_learning_rate=0.1,
+    candidates=("1", "2", "4"),
 )
 
 

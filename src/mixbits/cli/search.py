@@ -30,7 +30,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the weights.")] = 3e-4,
     arch_learning_rate: Annotated[float, typer.Option(help="Learning rate of the architecture weights.")] = 0.05,
     arch_every: Annotated[int, typer.Option(help="Training steps to each architecture step.")] = 4,
-    relaxation: Annotated[str, typer.Option(help="softmax or gumbel.")] = "softmax",
+    relaxation: Annotated[str, typer.Option(help="softmax or gumbel.")] = "gumbel",
     mode: Annotated[str, typer.Option(help="Mix weights or outputs.")] = "weights",
     granularity: Annotated[str, typer.Option(help="What shares a spec: matrix, sublayer or layer.")] = "matrix",
     basis: Annotated[str, typer.Option(help="Sensitivities from: marginal (any budget) or probability.")] = "marginal",

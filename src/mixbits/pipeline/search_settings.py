@@ -28,7 +28,7 @@ class SearchSettings(BaseModel):
     weight_decay: float = Field(0.01, ge=0)
     arch_every: int = Field(4, ge=1)
     arch_learning_rate: float = Field(0.05, gt=0)
-    relaxation: Literal["softmax", "gumbel"] = "softmax"
+    relaxation: Literal["softmax", "gumbel"] = "gumbel"
     temperatures: tuple[float, float] | None = None
     mode: Literal["weights", "outputs"] = "weights"
     granularity: Literal["matrix", "sublayer", "layer"] = "matrix"
