@@ -117,3 +117,15 @@ def test_more_learned_rows_than_fit_are_counted():
     paragraphs = headline(Summary.from_json({"rows": [{"name": f"learned-{i}"} for i in range(5)]}))
     assert len(paragraphs) == 4
     assert "2 more learned" in paragraphs[-1]
+
+
+def test_a_row_with_any_name_is_learned_if_a_measure_is_recorded():
+    rows = [
+        {"name": "bits-a", "measure": "kl"},
+        {"name": "bits-b", "measure": None},
+        {"name": "other"},
+        {"name": "full"},
+    ]
+    summary = Summary.from_json({"rows": rows})
+    assert [row.kind for row in summary.rows] == ["learned", "uniform", "", "full"]
+    assert [text.split(":")[0] for text in headline(summary)] == ["bits-a"]

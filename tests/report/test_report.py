@@ -17,7 +17,9 @@ from rich.console import Console
 from mixbits import report
 from mixbits.errors import DataError, FormatError
 from mixbits.report.page import page
+from mixbits.report.plots import _curve_points
 from mixbits.runs import Summary, read_summary, write_summary
+from mixbits.summary import SummaryRow
 
 _spec = importlib.util.spec_from_file_location("example", Path(__file__).parent / "example.py")
 example = importlib.util.module_from_spec(_spec)
@@ -242,3 +244,14 @@ def test_the_uniform_curve_is_log_linear_in_bytes():
     x, y = _equal_bytes_curve([1.0, 3.0, 4.0], [200.0, 50.0, 40.0], steps=2)
     assert x == pytest.approx([1, 2, 3, 3.5, 4])
     assert y == pytest.approx([200, 100, 50, (50 * 40) ** 0.5, 40])
+
+
+def test_the_uniform_curve_joins_rows_of_one_method_and_the_first_of_each_size():
+    rows = [
+        ("uniform-1", 1_000_000, 130.0, "straight-through"),
+        ("uniform-2", 2_000_000, 110.0, "straight-through"),
+        ("uniform-1-admm", 1_000_000, 140.0, "admm"),
+        ("uniform-2-steps", 2_000_000, 105.0, "straight-through"),
+    ]
+    found = [SummaryRow(name, bytes=size, ppl=ppl, method=method) for name, size, ppl, method in rows]
+    assert _curve_points(found, "straight-through") == ([1.0, 2.0], [130.0, 110.0])

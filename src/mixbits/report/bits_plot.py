@@ -22,7 +22,9 @@ def plot_bits(summary: Summary, *, prefix: str) -> Plot | None:
     """For each learned row: bits by layer and kind, and a strip in which a unit is as wide as it has weights."""
     named = [r.name for r in summary.rows if summary.allocations.get(r.name)]
     named += [name for name, units in summary.allocations.items() if units and name not in named]
-    chosen = ([n for n in named if n.startswith("learned")] or named)[:MAX_ALLOCATIONS]
+    rows = {row.name: row for row in summary.rows}
+    learned = [n for n in named if (rows[n].kind == "learned" if n in rows else n.startswith("learned"))]
+    chosen = (learned or named)[:MAX_ALLOCATIONS]
     if not chosen:
         return None
     panels: list[tuple[str, dict[str, float | None]]] = []
@@ -48,7 +50,7 @@ def plot_bits(summary: Summary, *, prefix: str) -> Plot | None:
         "Bottom: the same units side by side, as wide as they have weights and as high as they have bits, so that an area is a "
         "share of the file. "
     )
-    left_out = len([n for n in named if n.startswith("learned")]) - len(chosen)
+    left_out = len(learned) - len(chosen)
     return Plot("Bits per unit", caption + (f"{left_out} more allocation(s) not drawn." if left_out > 0 else ""), svg)
 
 

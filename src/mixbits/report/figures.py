@@ -64,9 +64,9 @@ def bits_ink(bits: float | None) -> str:
     return "#1a1a1a" if bits is None or bits < 3.5 else "#ffffff"
 
 
-def family_colour(name: str) -> str:
-    """Marker colour of a row: learned, uniform, full or anything else."""
-    return {"learned": LEARNED, "uniform": UNIFORM, "full": FULL}.get(name.split("-")[0], OTHER)
+def kind_colour(kind: str) -> str:
+    """Marker colour of a row's kind: learned, uniform, full or anything else."""
+    return {"learned": LEARNED, "uniform": UNIFORM, "full": FULL}.get(kind, OTHER)
 
 
 def clip(text: str, length: int = 34) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixbits.report.bits_plot import plot_bits
@@ -16,7 +17,7 @@ from mixbits.report.figures import (
     Plot,
     bits_colour,
     clip,
-    family_colour,
+    kind_colour,
     log_ticks,
     new_figure,
     style,
@@ -59,9 +60,9 @@ def plot_size(summary: Summary, *, prefix: str) -> Plot | None:
             axes.axhline(row.ppl or 0, color=FULL, lw=1.2, ls="-" if is_baseline else (0, (2, 3)), zorder=1)
         groups: dict[str, list[SummaryRow]] = {}
         for row in rows:
-            groups.setdefault(row.name.split("-")[0], []).append(row)
+            groups.setdefault(row.kind or row.name.split("-")[0], []).append(row)
         for name, members in groups.items():
-            _draw_points(axes, sorted(members, key=lambda r: r.bytes or 0), is_curve=name == "uniform")
+            _draw_points(axes, members, is_curve=name == "uniform")
         _log_limits(axes, rows, full)
         _full_labels(axes, full)
         axes.set_xlabel("weight file, MB (logarithmic)")
@@ -75,11 +76,13 @@ def plot_size(summary: Summary, *, prefix: str) -> Plot | None:
 
 
 def _draw_points(axes: Axes, rows: list[SummaryRow], *, is_curve: bool) -> None:
+    """``rows`` of one kind, in the order of the summary."""
+    method, rows = rows[0].method, sorted(rows, key=lambda r: r.bytes or 0)
     x, y = [(r.bytes or 0) / 1e6 for r in rows], [r.ppl or 0 for r in rows]
     errors = [r.ppl_stderr or 0 for r in rows]
-    colour = family_colour(rows[0].name)
+    colour = kind_colour(rows[0].kind)
     if is_curve:
-        axes.plot(*_equal_bytes_curve(x, y), color=colour, lw=1.3, zorder=2)
+        axes.plot(*_equal_bytes_curve(*_curve_points(rows, method)), color=colour, lw=1.3, zorder=2)
     marker = {LEARNED: "D", UNIFORM: "o"}.get(colour, "s")
     axes.errorbar(
         x,
@@ -106,6 +109,13 @@ def _draw_points(axes: Axes, rows: list[SummaryRow], *, is_curve: bool) -> None:
             fontsize=8,
             fontweight="bold" if colour == LEARNED else "normal",
         )
+
+
+def _curve_points(rows: Sequence[SummaryRow], method: str | None) -> tuple[list[float], list[float]]:
+    """MB and perplexity of the uniform rows that the curve joins: one method's, and of rows of one size the first."""
+    same_method = [row for row in rows if row.method == method]
+    first = {row.bytes or 0: row.ppl or 0 for row in reversed(same_method)}
+    return [size / 1e6 for size in sorted(first)], [first[size] for size in sorted(first)]
 
 
 def _equal_bytes_curve(x: list[float], y: list[float], *, steps: int = 24) -> tuple[list[float], list[float]]:
@@ -168,7 +178,7 @@ def plot_wer(summary: Summary, *, prefix: str) -> Plot | None:
         figure = new_figure(0.95 + 0.31 * len(rows))
         axes = figure.subplots()
         for i, row in enumerate(rows):
-            axes.barh(i, row.wer or 0, height=0.66, color=family_colour(row.name), zorder=2)
+            axes.barh(i, row.wer or 0, height=0.66, color=kind_colour(row.kind), zorder=2)
             text = f"{number(row.wer)} %"
             if row.p_value_vs_full is not None and row.name != "full":
                 text += f" · p {p_text(row.p_value_vs_full)}"

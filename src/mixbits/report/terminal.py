@@ -39,6 +39,6 @@ def terminal_table(summary: Summary) -> Table:
         one_line = all(len(text) <= 24 and " ± " not in text for text in texts)
         view.add_column(Text(column.header), justify=column.align, vertical="bottom", overflow="fold", no_wrap=one_line)
     for row, cells in zip(summary.rows, rows, strict=True):
-        learned = row.name.startswith("learned")
+        learned = row.kind == "learned"
         view.add_row(*(Text(cell, style="bold" if learned else "") for cell in cells))
     return view
