@@ -36,14 +36,14 @@ def test_defaults_variables_and_overrides(recipe):
     assert isinstance(found, ExperimentSettings)
     assert found.text.train == ("/data/train.txt",)
     assert (found.full.epochs, found.full.learning_rate, found.text.max_train_words, found.seed) == (2, 1e-4, 100, 7)
-    assert found.quantize.train.teacher_weight == 0.5
+    assert (found.quantize.train.teacher_weight, found.quantize.train.dropout) == (1.0, "off")
     assert found.rows[1].ratio == 16
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path, monkeypatch):
     monkeypatch.setenv("MIXBITS_DATA", "/data")
-    for name in ("MIXBITS_DEMO", "DEMO", "MIXBITS_DEMO_DATA"):
+    for name in ("MIXBITS_DEMO", "SWBD_DATA"):
         monkeypatch.setenv(name, "/data")
     assert load_experiment(path).rows
 
