@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mixbits.errors import FormatError
 from mixbits.jsonfile import plain, read_json, write_json
@@ -24,7 +24,6 @@ from mixbits.jsonfile import plain, read_json, write_json
 SUMMARY_FORMAT = "mixbits-summary"
 SUMMARY_VERSION = 1
 _MAX_INTEGER = 2**63
-_KINDS: tuple[Literal["learned", "uniform", "full"], ...] = ("learned", "uniform", "full")
 _NOT_NEGATIVE = ("bytes", "ratio", "bits_per_weight", "ppl", "ppl_stderr", "wer", "valid_ppl", "delta_nats_stderr")
 
 
@@ -90,16 +89,6 @@ class SummaryRow:
             raise FormatError(f"{where}: 'p_value_vs_full' is {self.p_value_vs_full:g}; expected a probability")
         for name, count in _mapping(self.errors, name="errors", where=where).items():
             _number(count, name=f"errors.{name}", where=where)
-
-    @property
-    def kind(self) -> Literal["learned", "uniform", "full", ""]:
-        """What sort of system it is: by its name (``learned-16x``, ``uniform-2``, ``full``), else by what its bits were learned by."""
-        for kind in _KINDS:
-            if self.name.split("-")[0] == kind:
-                return kind
-        if "measure" not in self.extra:
-            return ""
-        return "learned" if self.extra["measure"] else "uniform"
 
     @classmethod
     def from_json(cls, data: Any, *, where: str = "summary") -> SummaryRow:

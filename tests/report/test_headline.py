@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mixbits.report import headline
+from mixbits.report.kinds import row_kind
 from mixbits.runs import Summary
 
 _spec = importlib.util.spec_from_file_location("example", Path(__file__).parent / "example.py")
@@ -127,5 +128,5 @@ def test_a_row_with_any_name_is_learned_if_a_measure_is_recorded():
         {"name": "full"},
     ]
     summary = Summary.from_json({"rows": rows})
-    assert [row.kind for row in summary.rows] == ["learned", "uniform", "", "full"]
+    assert [row_kind(row) for row in summary.rows] == ["learned", "uniform", "", "full"]
     assert [text.split(":")[0] for text in headline(summary)] == ["bits-a"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mixbits.report.cells import count, megabytes
 from mixbits.report.figures import MUTED, PAPER, Plot, bits_colour, bits_ink, clip, new_figure, style, to_svg
+from mixbits.report.kinds import row_kind
 from mixbits.report.units import bits_of, place, short_names, unit_labels
 from mixbits.summary import Summary
 
@@ -23,7 +24,7 @@ def plot_bits(summary: Summary, *, prefix: str) -> Plot | None:
     named = [r.name for r in summary.rows if summary.allocations.get(r.name)]
     named += [name for name, units in summary.allocations.items() if units and name not in named]
     rows = {row.name: row for row in summary.rows}
-    learned = [n for n in named if (rows[n].kind == "learned" if n in rows else n.startswith("learned"))]
+    learned = [n for n in named if (row_kind(rows[n]) == "learned" if n in rows else n.startswith("learned"))]
     chosen = (learned or named)[:MAX_ALLOCATIONS]
     if not chosen:
         return None

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mixbits.report.cells import megabytes, number, p_text, percent_over_baseline, ppl_digits, with_error
+from mixbits.report.kinds import row_kind
 from mixbits.summary import Summary, SummaryRow
 
 Z_95 = 1.96
@@ -23,7 +24,7 @@ SIGNIFICANT_P = 0.05
 
 def headline(summary: Summary, *, max_rows: int = 3) -> list[str]:
     """One paragraph per learned row (at most ``max_rows``), or one that says what is missing."""
-    learned = [row for row in summary.rows if row.kind == "learned"]
+    learned = [row for row in summary.rows if row_kind(row) == "learned"]
     if not learned:
         names = ", ".join(row.name for row in summary.rows[:8]) or "none"
         return [f"No learned bits in these results; systems: {names}."]

@@ -24,6 +24,7 @@ from mixbits.report.figures import (
     to_svg,
 )
 from mixbits.report.headline import first_pass_wer, list_fact
+from mixbits.report.kinds import row_kind
 from mixbits.report.units import bits_of, unit_labels
 from mixbits.summary import Summary, SummaryRow
 
@@ -60,7 +61,7 @@ def plot_size(summary: Summary, *, prefix: str) -> Plot | None:
             axes.axhline(row.ppl or 0, color=FULL, lw=1.2, ls="-" if is_baseline else (0, (2, 3)), zorder=1)
         groups: dict[str, list[SummaryRow]] = {}
         for row in rows:
-            groups.setdefault(row.kind or row.name.split("-")[0], []).append(row)
+            groups.setdefault(row_kind(row) or row.name.split("-")[0], []).append(row)
         for name, members in groups.items():
             _draw_points(axes, members, is_curve=name == "uniform")
         _log_limits(axes, rows, full)
@@ -80,7 +81,7 @@ def _draw_points(axes: Axes, rows: list[SummaryRow], *, is_curve: bool) -> None:
     method, rows = rows[0].method, sorted(rows, key=lambda r: r.bytes or 0)
     x, y = [(r.bytes or 0) / 1e6 for r in rows], [r.ppl or 0 for r in rows]
     errors = [r.ppl_stderr or 0 for r in rows]
-    colour = kind_colour(rows[0].kind)
+    colour = kind_colour(row_kind(rows[0]))
     if is_curve:
         axes.plot(*_equal_bytes_curve(*_curve_points(rows, method)), color=colour, lw=1.3, zorder=2)
     marker = {LEARNED: "D", UNIFORM: "o"}.get(colour, "s")
@@ -178,7 +179,7 @@ def plot_wer(summary: Summary, *, prefix: str) -> Plot | None:
         figure = new_figure(0.95 + 0.31 * len(rows))
         axes = figure.subplots()
         for i, row in enumerate(rows):
-            axes.barh(i, row.wer or 0, height=0.66, color=kind_colour(row.kind), zorder=2)
+            axes.barh(i, row.wer or 0, height=0.66, color=kind_colour(row_kind(row)), zorder=2)
             text = f"{number(row.wer)} %"
             if row.p_value_vs_full is not None and row.name != "full":
                 text += f" · p {p_text(row.p_value_vs_full)}"

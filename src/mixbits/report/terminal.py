@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mixbits.report.cells import cleaned, table
 from mixbits.report.headline import headline
+from mixbits.report.kinds import row_kind
 from mixbits.summary import Summary
 
 if TYPE_CHECKING:
@@ -39,6 +40,6 @@ def terminal_table(summary: Summary) -> Table:
         one_line = all(len(text) <= 24 and " ± " not in text for text in texts)
         view.add_column(Text(column.header), justify=column.align, vertical="bottom", overflow="fold", no_wrap=one_line)
     for row, cells in zip(summary.rows, rows, strict=True):
-        learned = row.kind == "learned"
+        learned = row_kind(row) == "learned"
         view.add_row(*(Text(cell, style="bold" if learned else "") for cell in cells))
     return view
