@@ -7,7 +7,7 @@ the row's own budget; all others are of the full-precision model.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from mixbits.pipeline.measure import measure_stream
 from mixbits.pipeline.prepare import PreparedText
 from mixbits.pipeline.rows import TrainedRow, fingerprint
 from mixbits.pipeline.search import search_precisions
+from mixbits.pipeline.search_settings import SearchSettings
 from mixbits.pipeline.settings import ExperimentSettings, Row
 from mixbits.quant.measures.prototypes import measure_prototypes
 from mixbits.quant.sensitivity import Sensitivities, read_sensitivities, write_sensitivities
 from mixbits.quant.units import as_matrix, find_units, unit_matrices, unit_parameters
-from mixbits.spec import ModelInventory, QuantSpec, Unit
+from mixbits.runs import read_json, write_json
+from mixbits.spec import BitAllocation, ModelInventory, QuantSpec, Unit
 
 
 @dataclass
@@ -107,41 +109,58 @@ class Measuring:
             unpacked(rows[base].model, self.full.model),
             self.inventory,
             batches,
-            {u.name: tuple(s for s in rows if _is_own(u, s)) for u in self.inventory.units},
+            tuple(rows),
             seed=measure.seed,
             prototypes={spec: unit_weights(row.model, self.inventory) for spec, row in rows.items()},
             base=base,
+            untrained=_kept_wider(self.inventory, rows),
             show_progress=self.show_progress,
             provenance={"prototypes": hashes, "text_sha256": self.text.train.sha256},
         )
         write_sensitivities(path, found)
         return found
 
-    def _search(self, row: Row) -> Sensitivities:
-        """A super-net trained under the row's own budget, with the super-net settings of the experiment."""
+    def searched(self, row: Row) -> BitAllocation:
+        """The super-net's most probable specs that fit the row's budget (1-best, as in the papers)."""
+        _, path = self._search_files(row)
+        self._search(row)
+        return BitAllocation.from_json(read_json(path), where=str(path))
+
+    def _search_settings(self, row: Row) -> SearchSettings:
         candidates = row.specs or self.settings.search.candidates
-        settings = self.settings.search.model_copy(
+        return self.settings.search.model_copy(
             update={"ratio": row.ratio, "candidates": candidates, "granularity": row.granularity}
         )
-        key = fingerprint("search", model_hash(self.full.model), settings.model_dump(), self.text.hashes)
-        name = f"search-{key[:12]}"
-        path = self.folder / f"sensitivities-{name}.json"
-        if not path.is_file():
+
+    def _search_files(self, row: Row) -> tuple[Path, Path]:
+        """Where a search leaves its sensitivities and its 1-best allocation."""
+        settings = self._search_settings(row)
+        key = fingerprint("search", model_hash(self.full.model), settings.model_dump(), self.text.hashes)[:12]
+        return self.folder / f"sensitivities-search-{key}.json", self.folder / f"allocation-search-{key}.json"
+
+    def _search(self, row: Row) -> Sensitivities:
+        """A super-net trained under the row's own budget, with the super-net settings of the experiment."""
+        settings = self._search_settings(row)
+        path, best = self._search_files(row)
+        if not (path.is_file() and best.is_file()):
+            work = self.folder / path.stem
             teacher = load_model(self.full.model)[0] if settings.teacher_weight else None
             result = search_precisions(
-                load_model(self.full.model)[0], self.text.train, self.text.valid, settings, self.folder / name,
+                load_model(self.full.model)[0], self.text.train, self.text.valid, settings, work,
                 context=self.settings.model.context, teacher=teacher, title=f"{row.name}: search",
                 show_progress=self.show_progress,
             )  # fmt: skip
+            write_json(best, result.one_best.to_json())
             write_sensitivities(path, result.sensitivities)
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
         self.found["search"] = read_sensitivities(path)
         return self.found["search"]
 
 
-def _is_own(unit: Unit, spec: QuantSpec) -> bool:
-    """False for position tables below 4 bits: a uniform model keeps them at 4, so its table says nothing about fewer."""
-    return not unit.is_position_table or spec.bit_width >= 4
+def _kept_wider(inventory: ModelInventory, specs: Iterable[QuantSpec]) -> list[str]:
+    """Units that some uniform model stores otherwise than its spec says: position tables."""
+    uniform = [(spec, BitAllocation.uniform(inventory, spec).specs) for spec in specs]
+    return [u.name for u in inventory.units if any(stored[u.name] != spec for spec, stored in uniform)]
 
 
 def unit_weights(packed: Path, inventory: ModelInventory) -> dict[str, torch.Tensor]:

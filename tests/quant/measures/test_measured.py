@@ -123,6 +123,26 @@ def test_prototypes_against_a_copy(mixed_around, model, ids):
         assert found.units[name].loss_increase[base] == found.units[name].perturbation[base] == 0
 
 
+def test_a_unit_that_prototypes_keep_wider_is_rounded_from_the_base(opt, ids):
+    inventory = find_units(opt)
+    trained = prototypes_of(opt, SPECS)
+    (name,) = [u.name for u in inventory.units if u.is_position_table]
+    for spec in SPECS:  # as uniform models have it: 4 bits, whatever the spec
+        trained[spec][name] = trained[SPECS[2]][name]
+    for where in (None, BitAllocation.uniform(inventory, SPECS[2])):
+        found = measure_prototypes(
+            opt, inventory, [ids], SPECS, seed=0, prototypes=trained, untrained=[name], around=where
+        )
+        start = dict(trained[SPECS[2]])
+        before = [nats(changed(opt, start), r) for r in ids]
+        for spec in SPECS:
+            after = [nats(changed(opt, {**start, name: fake_quantize(start[name], spec)}), r) for r in ids]
+            mean, _ = mean_and_error([b - a for a, b in zip(before, after, strict=True)], [8, 8, 8])
+            assert found.units[name].loss_increase[spec] == pytest.approx(mean, rel=1e-3, abs=2e-6)
+        assert found.units[name].perturbation[SPECS[0]] > 0
+        assert found.provenance["untrained"] == [name]
+
+
 def test_bad_prototypes(opt, ids):
     inventory = find_units(opt)
     trained = prototypes_of(opt, SPECS)

@@ -6,13 +6,16 @@ paired by sequence, in nats per token. Unlike the other measures this one sees w
 
 ``around`` an allocation: the other units come from the prototypes it names; the unit goes from the base's weight to each prototype's.
 
+A unit that the prototypes do not hold at their own spec (uniform models keep position tables at 4 bits) has no trained weights at
+fewer bits: named in ``untrained``, it is rounded from the base's weight, so that its loss is not that of other bits.
+
 Limits: costs a training run for each spec (not counted in the cost, which is that of measuring); units of different prototypes
 were never trained together, so the increases are larger than what is left after joint training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +24,7 @@ from torch import nn
 
 from mixbits.errors import DataError, SpecError
 from mixbits.quant.curvature import evaluation_float32
+from mixbits.quant.grid import fake_quantize
 from mixbits.quant.measures.job import CountedLogits, Logits, Specs, causal_logits, prepare, sequence_nats
 from mixbits.quant.measures.loss import FORWARD_SHARE
 from mixbits.quant.measures.replace import one_at_a_time
@@ -40,6 +44,7 @@ def measure_prototypes(
     seed: int,
     prototypes: Prototypes,
     base: QuantSpec | None = None,
+    untrained: Collection[str] = (),
     logits: Logits = causal_logits,
     micro_batch_size: int = 8,
     around: BitAllocation | None = None,
@@ -49,7 +54,8 @@ def measure_prototypes(
     """Loss increase when one unit of the base prototype is replaced, for all units and all ``specs``.
 
     model: the base prototype (its norms and biases are used as they are; its units are overwritten for the while);
-    base: the spec to start from, by default the one of most bits; seed: only recorded. Raises SpecError for a spec that has
+    base: the spec to start from, by default the one of most bits; untrained: names of units that are rounded from the base's weight
+    instead; seed: only recorded. Raises SpecError for a spec that has
     no prototype or a prototype that misses a unit, DataError for NaN or no tokens.
     """
     base = _base(prototypes, base)
@@ -73,20 +79,25 @@ def measure_prototypes(
     if around is not None:
         for name, spec in around.specs.items():
             _check(prototypes, name, spec, tuple(start[name].shape))
-    rest = start if around is None else {n: prototypes[s][n] for n, s in around.specs.items()}
+
+    def candidate(name: str, spec: QuantSpec) -> torch.Tensor:
+        own = start[name].float()
+        return fake_quantize(own, spec) if name in untrained else prototypes[spec][name].float()
+
+    rest = start if around is None else {n: candidate(n, s) for n, s in around.specs.items()}
     where = None if around is None else {n: str(s) for n, s in around.specs.items()}
     counted = CountedLogits(logits)
     with evaluation_float32(model):
         units = one_at_a_time(
             replace(job, rest=rest),
             reference=start,
-            candidate=lambda name, spec: prototypes[spec][name].float(),
+            candidate=candidate,
             make_score=lambda part: lambda: sequence_nats(counted, model, part),
             same_start=around is None,
             title="prototypes",
             show_progress=show_progress,
         )
-    facts = {"base": str(base), "around": where, "stderr": "over sequences, paired"}
+    facts = {"base": str(base), "around": where, "untrained": sorted(untrained), "stderr": "over sequences, paired"}
     cost = FORWARD_SHARE * counted.num_tokens / job.num_read
     return Sensitivities("prototypes", inventory, units, cost, {**job.facts, **facts})
 
