@@ -15,6 +15,7 @@ from mixbits.lm.perplexity import perplexity
 from mixbits.lm.train import TrainSettings
 from mixbits.pipeline import compress as module
 from mixbits.pipeline.manifest import verify_manifest
+from mixbits.pipeline.rows import TrainedRow
 from mixbits.pipeline.settings import MeasureSettings, QuantizeSettings
 from mixbits.quant.units import find_units
 from mixbits.runs import read_json
@@ -239,3 +240,16 @@ def test_learned_bits_stand_where_they_win(tmp_path, trained, texts):
     again = run(trained, texts, tmp_path / "out", max_bytes=5200, train=False)
     assert again.guard == done.guard
     assert verify_manifest(tmp_path / "out.work") == []
+
+
+def test_the_guard_compares_on_a_single_sentence_without_a_standard_error(tmp_path, trained, texts):
+    rows = []
+    for name, size in (("learned", 900), ("uniform", 800)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").symlink_to(trained)
+        rows.append(TrainedRow(tmp_path / name, {"bytes": size}))
+    (tmp_path / "one.txt").write_text(" ".join((texts / "valid.txt").read_text().split()[:40]) + "\n")
+    one = encode_file(load_model(trained)[1], tmp_path / "one.txt")
+    verdict = module._compare(*rows, "uniform 2", one, 16, 1000)
+    assert (verdict.is_learned, verdict.delta_nats) == (True, 0.0)
+    assert "(standard error unknown)" in verdict.sentence

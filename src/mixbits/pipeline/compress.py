@@ -8,6 +8,7 @@ packed there.
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,12 +173,12 @@ def compress(
 def _compare(
     learned: TrainedRow, uniform: TrainedRow, name: str, held_out: TokenStream, context: int, budget: int
 ) -> Winner:
-    """Both files on the validation text, paired by sentence."""
+    """Both files on the validation text, paired by sentence; of a single sentence the standard error is unknown."""
     ours, theirs = (perplexity(load_scorer(row.model)[0], held_out, context=context) for row in (learned, uniform))
     _, stderr = paired_difference(ours, theirs, held_out)
     return choose_winner(
         Measured("learned bits", learned.record["bytes"], ours.nats_per_token),
-        [Measured(name, uniform.record["bytes"], theirs.nats_per_token, stderr)],
+        [Measured(name, uniform.record["bytes"], theirs.nats_per_token, stderr if math.isfinite(stderr) else None)],
         budget,
     )
 
