@@ -64,6 +64,7 @@ def test_warnings_are_said(tiny_world, tmp_path, capsys):
         (["--specs", ","], "--specs is 0"),
         (["--specs", "5"], "bit width 5"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["-o", "."], ".: is a folder; expected a file name"),
     ],
 )
 def test_mistakes(tiny_world, tmp_path, capsys, arguments, message):
@@ -88,3 +89,15 @@ def test_a_file_of_another_model_is_refused(tiny_world, tmp_path, capsys):
     command = ["allocate", str(output), "--bytes", "5000", "-o", str(tmp_path / "a.json")]
     assert main([*command, "--model", str(tmp_path / "other")]) == 2
     assert "its weights differ" in capsys.readouterr().err
+
+
+def test_text_of_another_language_and_a_packed_model_are_refused(tiny_world, tmp_path, capsys):
+    foreign, packed = tmp_path / "foreign.txt", str(tmp_path / "packed")
+    foreign.write_text("der Wald schläft\n" * 40, encoding="utf-8")
+    output = str(tmp_path / "s.json")
+    assert main(["measure", str(tiny_world / "full"), "--text", str(foreign), "--measure", "kl", "-o", output]) == 2
+    assert "of its words are unknown to the model's tokenizer" in capsys.readouterr().err
+    assert main(["quantize", str(tiny_world / "full"), "-o", packed, "--spec", "2"]) == 0
+    assert main(["measure", packed, "--text", str(tiny_world / "text.txt"), "-o", output]) == 2
+    assert "is quantized already" in capsys.readouterr().err
+    assert not (tmp_path / "s.json").exists()

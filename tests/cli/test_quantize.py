@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 import mixbits
 from mixbits.cli.main import main
+from mixbits.errors import DataError
 
 
 def test_rounds_and_trains(tiny_world, tmp_path, capsys):
@@ -18,7 +21,9 @@ def test_rounds_and_trains(tiny_world, tmp_path, capsys):
     arguments = ["quantize", model, "-o", str(tmp_path / "trained"), "--allocation", str(allocation), "--text", text]
     arguments += ["--valid", valid, "--epochs", "0.2", "--refine-epochs", "0.2", "--method", "admm"]
     assert main(arguments) == 0
-    assert "bits a weight" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "bits a weight" in said.out
+    assert "nan" not in said.err  # a training too short to log a loss shows none
     assert mixbits.load(tmp_path / "trained").num_parameters() > 0
 
 
@@ -40,4 +45,22 @@ def test_mistakes(tiny_world, tmp_path, capsys):
     fails(model, "-o", out, "--spec", "2", "--epochs", "-1", saying="epochs")
     fails(model, "-o", model, "--spec", "2", saying="is the model itself")
     fails(str(tmp_path), "-o", out, "--spec", "2", saying="no config.json")
-    assert not (tmp_path / "out").exists()
+    trained = ("--spec", "2", "--text", str(tiny_world / "text.txt"), "--learning-rate", "1e30")
+    fails(model, "-o", out, *trained, saying="train again with a lower learning_rate")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["quantize", "compress"])
+def test_students_train_without_dropout(tiny_world, tmp_path, monkeypatch, command):
+    """As the settings' own default is: a student that learns from a teacher needs none."""
+    asked = []
+
+    def stop(*args, **options):
+        asked.append(options["settings" if command == "quantize" else "quantize"])
+        raise DataError("seen")
+
+    monkeypatch.setattr(f"mixbits.pipeline.{command}.{command}{'_model' if command == 'quantize' else ''}", stop)
+    more = ["--spec", "2"] if command == "quantize" else ["--ratio", "8"]
+    text = ["--text", str(tiny_world / "text.txt")]
+    assert main([command, str(tiny_world / "full"), "-o", str(tmp_path / "o"), *text, *more]) == 2
+    assert [settings.train.dropout for settings in asked] == ["off"]

@@ -53,6 +53,8 @@ def test_search_then_allocate(tiny_world, tmp_path, capsys):
         (["--ratio", "10", "--relaxation", "hard"], "relaxation"),
         (["--ratio", "10", "--specs", "2"], "at least two"),
         (["--ratio", "10", "--text", "nowhere.txt"], "nowhere.txt"),
+        (["--bytes", "3800", "--preferences", "."], ".: is a folder"),
+        (["--bytes", "3800", "--learning-rate", "1e30"], "train again with a lower learning_rate"),
     ],
 )
 def test_mistakes_are_one_line(tiny_world, tmp_path, capsys, more, message):
@@ -61,4 +63,4 @@ def test_mistakes_are_one_line(tiny_world, tmp_path, capsys, more, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert not output.exists()
+    assert list(tmp_path.iterdir()) == []

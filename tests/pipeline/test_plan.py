@@ -56,3 +56,31 @@ def test_with_data_the_vocabulary_is_the_real_one(texts):
     assert found.rows[0].bytes == predicted_bytes(inventory, BitAllocation.uniform(inventory, QuantSpec.parse("2")))
     with pytest.raises(SpecError, match=r"budget of \d+ bytes cannot be met"):
         plan(ExperimentSettings.model_validate(data | {"rows": [{"name": "a", "ratio": 30}]}))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"ratio": 30}, r"row a: a budget of \d+ bytes cannot be met"),
+        ({"spec": "2", "quantize": {"progressive": [[0.2, 8], [0.2, 4]]}}, "row a: progressive stages are"),
+        ({"ratio": 2, "start": "prototypes"}, "row a: prototypes are trained uniform rows; 1 with"),
+        ({"ratio": 2, "measure": "prototypes"}, "row a: prototypes are trained uniform rows; 1 with"),
+    ],
+)
+def test_rows_that_would_fail_after_hours_are_refused(texts, row, message):
+    data = {
+        "title": "tiny",
+        "text": {n: str(texts / f"{n}.txt") for n in ("train", "valid", "test")},
+        "model": {"num_layers": 1, "hidden_size": 16, "feed_forward_size": 32, "num_heads": 2, "context": 16},
+        "full": {"context": 16},
+        "quantize": {"train": {"context": 16}},
+        "rows": [{"name": "uniform-4", "spec": "4"}, {"name": "a", **row}],
+    }
+    with pytest.raises(SpecError, match=message):
+        plan(ExperimentSettings.model_validate(data))
+
+
+def test_seeds_are_checked():
+    data = {"title": "t", "text": {"train": "a", "valid": "b", "test": "c"}, "rows": [{"name": "a", "spec": "2"}]}
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        ExperimentSettings.model_validate(data | {"seeds": [0, -1]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def main(
     sensitivities: Annotated[
-        Path, typer.Argument(metavar="SENSITIVITIES", help="File of mixbits measure.", show_default=False)
+        Path, typer.Argument(metavar="SENSITIVITIES", help="File of mixbits measure or search.", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")] = Path(
         "allocation.json"
@@ -163,14 +164,14 @@ def _print_table(measured: Sensitivities, found: BitAllocation) -> None:
         table.add_column(name, justify="right")
     for unit in measured.inventory.units:
         spec, sensitivity = found.specs[unit.name], measured.units[unit.name]
-        loss = sensitivity.loss_increase.get(spec)
+        loss, error = sensitivity.loss_increase.get(spec), sensitivity.stderr.get(spec, math.inf)
         table.add_row(
             Text(" = ".join((unit.name, *unit.tied))),
             str(spec),
             f"{unit.num_weights:,}",
             f"{spec.unit_bytes(unit.rows, unit.cols):,}",
             "not measured" if loss is None else f"{loss:.3g}",
-            "" if loss is None else f"{sensitivity.stderr[spec]:.1g}",
+            "" if loss is None else f"{error:.1g}" if math.isfinite(error) else "unknown",
         )
     console.print(table)
     facts = found.provenance

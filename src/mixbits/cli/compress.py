@@ -16,7 +16,7 @@ def main(
     max_bytes: Annotated[int | None, typer.Option("--bytes", help="Bytes of the packed weight file.")] = None,
     bits_per_weight: Annotated[float | None, typer.Option(help="Stored bits a weight, everything counted.")] = None,
     valid: Annotated[Path | None, typer.Option(help="Validation text; without it some sentences are held out.")] = None,
-    method: Annotated[str, typer.Option(help="straight-through or admm.")] = "straight-through",
+    method: Annotated[str, typer.Option(help="straight-through, admm or proximal.")] = "straight-through",
     epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
     batch_size: Annotated[int, typer.Option(help="Blocks a step.")] = 16,
@@ -39,6 +39,7 @@ def main(
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "teacher_weight": 0.5,
+        "dropout": "off",
         "seed": seed,
     }
     measure = {"num_probes": probes, "seed": seed, "specs": [s.strip() for s in specs.split(",") if s.strip()]}

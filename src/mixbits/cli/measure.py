@@ -43,13 +43,16 @@ def main(
 
     from mixbits.jsonfile import read_json
     from mixbits.lm.checkpoint import load_model
+    from mixbits.pipeline.checks import check_file, check_full_precision
     from mixbits.pipeline.measure import MEASURE_NAMES, measure_sensitivities
     from mixbits.quant.sensitivity import write_sensitivities
 
     if measure not in MEASURE_NAMES:
         raise SpecError(f"--measure is {measure!r}; expected one of {', '.join(MEASURE_NAMES)}")
     allocation = None if around is None else BitAllocation.from_json(read_json(around), where=str(around))
+    check_file(output)
     network, tokenizer = load_model(model)
+    check_full_precision(network, model)
     found = measure_sensitivities(
         network,
         tokenizer,

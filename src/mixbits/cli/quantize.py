@@ -15,7 +15,7 @@ def main(
     spec: Annotated[str | None, typer.Option(help="The same spec for every unit instead, e.g. 2 or 1.58.")] = None,
     text: Annotated[Path | None, typer.Option(help="Training text; without it weights are only rounded.")] = None,
     valid: Annotated[Path | None, typer.Option(help="Validation text.")] = None,
-    method: Annotated[str, typer.Option(help="straight-through or admm.")] = "straight-through",
+    method: Annotated[str, typer.Option(help="straight-through, admm or proximal.")] = "straight-through",
     epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 3,
     refine_epochs: Annotated[float, typer.Option(help="Passes that refine scales, biases and norms.")] = 0.5,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
@@ -31,7 +31,7 @@ def main(
     settings = {
         "method": method, "refine_epochs": refine_epochs,
         "train": {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size,
-                  "teacher_weight": teacher_weight, "seed": seed},
+                  "teacher_weight": teacher_weight, "dropout": "off", "seed": seed},
     }  # fmt: skip
     saved = quantize_model(
         model, output, allocation=allocation, spec=spec, text=text, valid=valid, overwrite=overwrite,

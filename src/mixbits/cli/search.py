@@ -46,9 +46,9 @@ def main(
     import shutil
 
     from mixbits.lm.checkpoint import load_model, model_hash
-    from mixbits.pipeline.checks import check_full_precision, check_text
+    from mixbits.pipeline.checks import check_file, check_full_precision, check_text
     from mixbits.pipeline.prepare import split_text, training_context
-    from mixbits.pipeline.rows import fingerprint
+    from mixbits.pipeline.rows import fingerprint, remove_without_checkpoint
     from mixbits.pipeline.search import search_precisions
     from mixbits.pipeline.search_settings import SearchSettings
     from mixbits.pipeline.settings import validate
@@ -63,6 +63,8 @@ def main(
         "relaxation": relaxation, "mode": mode, "granularity": granularity, "beta": beta, "basis": basis, "seed": seed,
     }  # fmt: skip
     settings = validate(SearchSettings, data, where="mixbits search")
+    for path in filter(None, (output, preferences)):
+        check_file(path)
     network, tokenizer = load_model(model)
     check_full_precision(network, model)
     budget = budget_bytes(find_units(network), ratio=ratio, bytes=max_bytes, bits_per_weight=bits_per_weight)
@@ -73,9 +75,13 @@ def main(
     key = fingerprint("search", model_hash(model), settings.model_dump(), budget, stream.sha256, held_out.sha256)
     work = output.with_name(output.name + ".work")
     teacher = load_model(model)[0] if settings.teacher_weight else None
-    found = search_precisions(
-        network, stream, held_out, settings, work / key[:16], max_bytes=budget, context=context, teacher=teacher
-    )
+    try:
+        found = search_precisions(
+            network, stream, held_out, settings, work / key[:16], max_bytes=budget, context=context, teacher=teacher
+        )
+    except BaseException:
+        remove_without_checkpoint(work / key[:16])
+        raise
     write_sensitivities(output, found.sensitivities)
     if preferences is not None:
         write_json(preferences, found.preferences.to_json())

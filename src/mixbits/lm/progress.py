@@ -5,7 +5,6 @@ Both go to stderr, so that a command's stdout holds only its result.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from typing import Any, Literal
@@ -26,7 +25,11 @@ class TrainingProgress(TrainerCallback):
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(), TextColumn("{task.fields[losses]}"), console=console, disable=self.mode != "bar",
         )  # fmt: skip
-        self.title, self.tokens_per_step, self.losses = title, tokens_per_step, {"loss": math.nan, "valid": math.nan}
+        self.title, self.tokens_per_step, self.losses = (
+            title,
+            tokens_per_step,
+            dict[str, float | None](loss=None, valid=None),
+        )
         self.task: Any = None
         self.start_seconds, self.start_step = 0.0, 0
 
@@ -52,7 +55,7 @@ class TrainingProgress(TrainerCallback):
         logs = logs or {}
         self.losses["loss"] = logs.get("loss", self.losses["loss"])
         self.losses["valid"] = logs.get("eval_loss", self.losses["valid"])
-        text = f"loss {self.losses['loss']:.3f} valid {self.losses['valid']:.3f}"
+        text = " ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items() if loss is not None)
         self.bar.update(self.task, losses=text)
         if self.mode == "lines" and "eval_loss" in logs:
             seconds = max(time.monotonic() - self.start_seconds, 1e-9)

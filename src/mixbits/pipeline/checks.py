@@ -47,6 +47,12 @@ def check_text(stream: TokenStream, context: int, where: str | Path) -> None:
         _logger.warning("%s: %.0f %% of its words are unknown to the model's tokenizer", where, 100 * share)
 
 
+def check_file(path: Path) -> None:
+    """Raise DataError when a result cannot become the file ``path``, before the work that it would come from."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; expected a file name")
+
+
 def check_output(output: Path, model: Path, *, overwrite: bool) -> None:
     """Raise DataError when ``output`` is in use, or is the model itself."""
     if not output.exists():

@@ -32,6 +32,7 @@ from mixbits.pipeline.summarize import Evaluated, Finished, average_seeds, basel
 from mixbits.pipeline.train import train_continued, train_full
 from mixbits.quant.allocate import allocate, budget_bytes, check_budget
 from mixbits.quant.groups import group_units
+from mixbits.quant.progressive import check_stages
 from mixbits.quant.units import find_units
 from mixbits.quant.warmstart import starting_weights
 from mixbits.runs import read_json, write_json
@@ -136,20 +137,48 @@ def _check_before_training(settings: ExperimentSettings, text: PreparedText) -> 
 
 
 def check_rows(settings: ExperimentSettings, inventory: ModelInventory) -> None:
-    """Raise SpecError for a row whose spec cannot be read, was not measured, or whose budget cannot be met."""
+    """Raise SpecError for a row whose spec cannot be read, was not measured, whose budget cannot be met, or that lacks what it starts from."""
     for row in settings.rows:
-        if row.spec is not None:
-            QuantSpec.parse(row.spec)
-            continue
-        specs, offered = _offered(settings, row)
-        unmeasured = set(specs) - set(offered)
-        if unmeasured:
-            raise SpecError(
-                f"row {row.name}: specs {', '.join(map(str, sorted(unmeasured)))} are not among those measured "
-                f"({', '.join(map(str, offered))})"
-            )
-        groups = group_units(inventory, row.granularity)
-        check_budget(inventory, specs, max_bytes=budget_bytes(inventory, ratio=row.ratio), groups=groups)
+        try:
+            _check_row(settings, row, inventory)
+        except SpecError as error:
+            raise SpecError(f"row {row.name}: {error}") from None
+    if "prototypes" in settings.compare_measures:
+        _check_prototypes(settings)
+
+
+def _check_row(settings: ExperimentSettings, row: Row, inventory: ModelInventory) -> None:
+    stages = row.settings(settings.quantize).progressive
+    if stages:
+        check_stages(stages)
+    if row.start == "prototypes" or row.measure == "prototypes":
+        _check_prototypes(settings)
+    if row.spec is not None:
+        QuantSpec.parse(row.spec)
+        return
+    specs, offered = _offered(settings, row)
+    unmeasured = set(specs) - set(offered)
+    if unmeasured:
+        raise SpecError(
+            f"specs {', '.join(map(str, sorted(unmeasured)))} are not among those measured ({', '.join(map(str, offered))})"
+        )
+    groups = group_units(inventory, row.granularity)
+    check_budget(inventory, specs, max_bytes=budget_bytes(inventory, ratio=row.ratio), groups=groups)
+
+
+def _prototype_specs(settings: ExperimentSettings) -> tuple[QuantSpec, ...]:
+    """Specs of the uniform rows that are trained with the experiment's own method and settings."""
+    own = settings.quantize
+    return parse_specs(row.spec for row in settings.rows if row.spec is not None and row.settings(own) == own)
+
+
+def _check_prototypes(settings: ExperimentSettings) -> None:
+    found = _prototype_specs(settings)
+    if len(found) < 2:
+        raise SpecError(
+            f"prototypes are trained uniform rows; {len(found)} with the experiment's own method and settings, expected at least two "
+            "rows with 'spec'"
+        )
 
 
 def _offered(settings: ExperimentSettings, row: Row) -> tuple[tuple[QuantSpec, ...], tuple[QuantSpec, ...]]:
@@ -158,11 +187,7 @@ def _offered(settings: ExperimentSettings, row: Row) -> tuple[tuple[QuantSpec, .
     if measure == "search":
         candidates = parse_specs(row.specs or settings.search.candidates)
         return candidates, candidates
-    known = settings.measure.specs
-    if measure == "prototypes":
-        own = settings.quantize
-        known = tuple(r.spec for r in settings.rows if r.spec is not None and r.settings(own) == own)
-    offered = parse_specs(known)
+    offered = _prototype_specs(settings) if measure == "prototypes" else parse_specs(settings.measure.specs)
     return (offered if row.specs is None else parse_specs(row.specs)), offered
 
 
@@ -170,6 +195,8 @@ def row_allocation(row: Row, inventory: ModelInventory, measuring: Measuring) ->
     """The bits of a row: uniform, or learned under its budget."""
     if row.spec is not None:
         return BitAllocation.uniform(inventory, QuantSpec.parse(row.spec))
+    if row.measure == "search" and row.choice == "one-best":
+        return measuring.searched(row)
     sensitivities = measuring.for_row(row)
     specs = None if row.specs is None else parse_specs(row.specs)
     groups = group_units(inventory, row.granularity)

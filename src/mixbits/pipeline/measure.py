@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from mixbits.errors import SpecError
 from mixbits.lm.corpus import TokenStream, encode_file, token_batches
+from mixbits.pipeline.checks import check_text
 from mixbits.pipeline.prepare import training_context
 from mixbits.pipeline.settings import MeasureSettings
 from mixbits.quant.measures import MEASURES
@@ -59,13 +60,14 @@ def measure_sensitivities(
     around: BitAllocation | None = None,
     show_progress: bool = False,
 ) -> Sensitivities:
-    """Sensitivities of ``model`` on ``num_blocks`` blocks of a text file. Raises SpecError for an unknown measure."""
+    """Sensitivities of ``model`` on ``num_blocks`` blocks of a text file. Raises SpecError for an unknown measure, DataError for a text that does not fit."""
     if measure not in MEASURE_NAMES:
         raise SpecError(f"measure is {measure!r}; expected one of {', '.join(MEASURE_NAMES)}")
     settings = MeasureSettings(
         measure=measure, num_probes=num_probes, num_blocks=num_blocks, specs=tuple(map(str, specs)), seed=seed
     )  # type: ignore[arg-type]
     stream = encode_file(tokenizer, text)
+    check_text(stream, 1, text)
     return measure_stream(
         model, stream, settings, context=context or training_context(model), around=around, show_progress=show_progress
     )

@@ -20,7 +20,7 @@ from mixbits.lm.train import TrainSettings, train_model
 from mixbits.packing.checkpoint import SavedModel, save_packed
 from mixbits.pipeline.checks import check_full_precision, check_output, check_text
 from mixbits.pipeline.prepare import split_text, training_context
-from mixbits.pipeline.rows import figures_log, fingerprint
+from mixbits.pipeline.rows import figures_log, fingerprint, remove_without_checkpoint
 from mixbits.pipeline.settings import QuantizeSettings
 from mixbits.quant.admm import Admm
 from mixbits.quant.grid import dequantize
@@ -196,9 +196,13 @@ def quantize_model(
     )
     work = output.with_name(output.name + ".work")
     teacher = load_model(model)[0] if settings.train.needs_teacher else None
-    weights, _ = train_quantized(
-        student, stream, held_out, bits, settings, work / key[:16], teacher=teacher, show_progress=show_progress
-    )
+    try:
+        weights, _ = train_quantized(
+            student, stream, held_out, bits, settings, work / key[:16], teacher=teacher, show_progress=show_progress
+        )
+    except BaseException:
+        remove_without_checkpoint(work / key[:16])
+        raise
     card["training text sha256"] = stream.sha256
     saved = pack(student, tokenizer, bits, weights, output, card=card, overwrite=overwrite)
     shutil.rmtree(work / key[:16], ignore_errors=True)

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -123,6 +123,7 @@ class Row(_Frozen):
 
     ``specs``: what learned bits may be chosen from; None is everything that was measured. ``measure``: what they are learned by
     (None: measure.measure); ``prototypes`` takes the experiment's own uniform rows. ``granularity``: what shares a spec.
+    ``choice``: what is taken from a search, its most probable specs that fit or the integer program over its marginals.
     ``start``: training starts from the full-precision weights, or each unit from the experiment's own uniform row of its spec, as in the
     papers. ``quantize``: settings of quantized training that differ from the experiment's, e.g. ``{scales: follow}``.
     """
@@ -134,6 +135,7 @@ class Row(_Frozen):
     method: Method | None = None
     measure: Measure | Literal["prototypes", "search"] | None = None
     granularity: Literal["matrix", "sublayer", "layer"] = "matrix"
+    choice: Literal["one-best", "integer-program"] = "one-best"
     start: Literal["full", "prototypes"] = "full"
     quantize: dict[str, Any] = Field(default_factory=dict)
 
@@ -182,7 +184,7 @@ class ExperimentSettings(_Frozen):
     rows: tuple[Row, ...]
     speech: SpeechLists | None = None
     seed: int = Field(0, ge=0, lt=2**32)
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = ()
     compare_measures: tuple[Measure | Literal["prototypes"], ...] = ()
 
     @model_validator(mode="after")
@@ -298,5 +300,8 @@ def validate(kind: type[Any], data: Any, *, where: str) -> Any:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
         raise SpecError(f"{where}: " + "; ".join(lines)) from None

@@ -13,6 +13,7 @@ from mixbits.lm.corpus import encode
 from mixbits.lm.presets import ModelSize, build_model
 from mixbits.lm.tokenizer import load_tokenizer, word_tokenizer
 from mixbits.lm.train import TrainSettings, last_complete_checkpoint, train_model
+from mixbits.pipeline.checks import check_text
 from mixbits.pipeline.prepare import PreparedText, split_sentences
 from mixbits.pipeline.rows import TrainedRow, figures_log, fingerprint, run_row
 from mixbits.pipeline.settings import ExperimentSettings, Vocabulary
@@ -126,6 +127,7 @@ def train_from_text(
             sentences, max_words=vocabulary.max_words, min_count=vocabulary.min_count, max_length=size.context
         )
     train, held_out = encode(tokenizer, sentences), encode(tokenizer, held_out_sentences)
+    check_text(held_out, 1, valid or f"{text} (held-out part)")
     model = build_model(size, tokenizer, seed=settings.seed)
     work = work_folder(output)
     key = fingerprint(

@@ -72,7 +72,7 @@ class Progressive:
     ) -> None:
         self._shares = [float(share) for share, _ in stages]
         self._widths: list[float | None] = [*(width for _, width in stages), None]
-        _check(self._shares, [width for _, width in stages])
+        check_stages(stages)
         self._inventory, self._allocation, self._options = inventory, allocation, options
         self.units = trained_units(model, inventory, allocation)
         self.stage = 0
@@ -139,7 +139,9 @@ class Progressive:
         self.method.load_state_dict(state["method"])
 
 
-def _check(shares: list[float], widths: list[float]) -> None:
+def check_stages(stages: Sequence[tuple[float, float]]) -> None:
+    """Raise SpecError unless shares rise to at most 0.5 and widths fall and exist."""
+    shares, widths = [share for share, _ in stages], [width for _, width in stages]
     rising = all(a < b for a, b in pairwise([0.0, *shares]))
     falling = all(a > b for a, b in pairwise(widths))
     if not (shares and rising and falling and shares[-1] <= _LARGEST_SHARE):
