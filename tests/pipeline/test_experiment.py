@@ -339,6 +339,7 @@ def test_every_measure_learns_bits_and_seeds_are_averaged(texts, tmp_path):
             {"name": "uniform-2-proximal", "spec": specs[1], "method": "proximal"},
             {"name": "uniform-2-steps", "spec": specs[1], "quantize": {"progressive": [[0.3, 8]], "scales": "follow"}},
             *learned,
+            {"name": "learned-search-program", "ratio": 2.2, "measure": "search", "choice": "integer-program"},
             {"name": "learned-sublayer", "ratio": 2.2, "granularity": "sublayer", "start": "prototypes"},
         ],
     )
