@@ -137,7 +137,8 @@ def test_uniform_keeps_four_bits_for_positions():
     inventory = ModelInventory((EMBED, table, Unit("transformer.wpe", "w", 6, 8, "embedding")), ())
     for low in (QuantSpec(2), QuantSpec.parse("0.5-v16"), QuantSpec(1.58, granularity="tensor")):
         specs = BitAllocation.uniform(inventory, low).specs
-        assert specs == {"embed": low, table.name: QuantSpec(4), "transformer.wpe": QuantSpec(4)}
+        four = QuantSpec(4, scale_bits=low.scale_bits)
+        assert specs == {"embed": low, table.name: four, "transformer.wpe": four}
     for high in (QuantSpec(4, "half-step"), QuantSpec(8), QuantSpec(16)):
         assert set(BitAllocation.uniform(inventory, high).specs.values()) == {high}
     assert not Unit("position_head", "w", 6, 8, "linear").is_position_table

@@ -44,7 +44,9 @@ def test_vocabulary_agrees_with_a_counter(lines, size):
     tokenizer = word_tokenizer([" ".join(line) for line in lines], max_words=size)
     assert words_of(tokenizer)[3:] == expected
     ids = tokenizer([" ".join(line) for line in lines], split_special_tokens=True)["input_ids"]
-    names = words_of(tokenizer)  # a special token written as a word is in the vocabulary; mixbits.lm.corpus makes it unknown
+    names = words_of(
+        tokenizer
+    )  # a special token written as a word is in the vocabulary; mixbits.lm.corpus makes it unknown
     for line, row in zip(lines, ids, strict=True):
         assert row == [names.index(w) if w in names else 1 for w in line]
 

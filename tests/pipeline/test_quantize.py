@@ -24,7 +24,12 @@ def settings(method="straight-through", *, epochs=1.0, refine_epochs=0.5, **more
         epochs=epochs, batch_size=8, context=16, learning_rate=3e-3, teacher_weight=0.5, precision="float32"
     )
     return QuantizeSettings(
-        method=method, train=train, refine_epochs=refine_epochs, refine_learning_rate=1e-3, admm={"num_updates": 10}, **more
+        method=method,
+        train=train,
+        refine_epochs=refine_epochs,
+        refine_learning_rate=1e-3,
+        admm={"num_updates": 10},
+        **more,
     )
 
 

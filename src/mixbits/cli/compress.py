@@ -18,8 +18,11 @@ def main(
     valid: Annotated[Path | None, typer.Option(help="Validation text; without it some sentences are held out.")] = None,
     method: Annotated[str, typer.Option(help="straight-through, admm or proximal.")] = "straight-through",
     epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 3,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
     batch_size: Annotated[int, typer.Option(help="Blocks a step.")] = 16,
+    by: Annotated[
+        str, typer.Option("--measure", help="What bits are learned by: hessian, fisher, kl or loss.")
+    ] = "hessian",
     probes: Annotated[int, typer.Option(help="Probes of the Hessian trace.")] = 50,
     specs: Annotated[str, typer.Option(help="Specs to choose among.")] = "1,1.58,2,3,4,8",
     no_guard: Annotated[
@@ -38,11 +41,16 @@ def main(
         "epochs": epochs,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
-        "teacher_weight": 0.5,
+        "teacher_weight": 1.0,
         "dropout": "off",
         "seed": seed,
     }
-    measure = {"num_probes": probes, "seed": seed, "specs": [s.strip() for s in specs.split(",") if s.strip()]}
+    measure = {
+        "measure": by,
+        "num_probes": probes,
+        "seed": seed,
+        "specs": [s.strip() for s in specs.split(",") if s.strip()],
+    }
     done = compress(
         model, text=text, output=output, ratio=ratio, max_bytes=max_bytes, bits_per_weight=bits_per_weight,
         valid=valid, train=not no_train, guard=not no_guard, overwrite=overwrite,

@@ -18,9 +18,9 @@ def main(
     method: Annotated[str, typer.Option(help="straight-through, admm or proximal.")] = "straight-through",
     epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 3,
     refine_epochs: Annotated[float, typer.Option(help="Passes that refine scales, biases and norms.")] = 0.5,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
     batch_size: Annotated[int, typer.Option(help="Blocks a step.")] = 16,
-    teacher_weight: Annotated[float, typer.Option(help="Share of the loss that distils MODEL itself.")] = 0.5,
+    teacher_weight: Annotated[float, typer.Option(help="Share of the loss that distils MODEL itself.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model directory.")] = False,
 ) -> None:
