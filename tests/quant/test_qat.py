@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from mixbits.errors import SpecError
 from mixbits.quant.grid import best_scale, dequantize, nearest_levels
-from mixbits.quant.qat import StraightThrough
+from mixbits.quant.qat import SCALE_SPEED, StraightThrough
 from mixbits.quant.units import find_units, unit_parameters
 from mixbits.scales import expand_scale, storable_scale
 from mixbits.spec import BitAllocation, QuantSpec
@@ -156,14 +156,14 @@ def test_learned_scales_have_the_gradient_of_the_quantizer_written_out_for_autog
         spec = QuantSpec.parse(text + {"row": "", "tensor": "-tensor", "group": "-g4"}[granularity])
         net = torch.nn.Sequential(torch.nn.Linear(10, 6, bias=False))
         method = StraightThrough(net, find_units(net), BitAllocation({"0": spec}), scales="learned")
-        method.log_scales["0"].data.sub_(0.3)  # so that some weights lie beyond the ends
+        method.log_scales["0"].data.sub_(0.3 / SCALE_SPEED)  # so that some weights lie beyond the ends
         x, target = torch.randn(7, 10), torch.randn(7, 6)
         method.before_forward(net)
         (net(x) - target).square().sum().backward()
         method.after_backward(net)
 
         weight = net[0].weight.detach().clone().requires_grad_()
-        log_scale = method.log_scales["0"].detach().clone().requires_grad_()
+        log_scale = (SCALE_SPEED * method.log_scales["0"].detach()).requires_grad_()
         scale = expand_scale(log_scale.exp(), 10, spec)
         levels = nearest_levels(weight.detach(), log_scale.detach().exp(), spec)
         top, step = spec.levels[-1], spec.levels[1] - spec.levels[0]
@@ -182,7 +182,7 @@ def test_learned_scales_are_trained_and_delivered(opt, mixed, ids, loss_of):
     inventory = find_units(opt)
     method = StraightThrough(opt, inventory, mixed(inventory), scales="learned", scale_learning_rate=0.5)
     (group,) = method.extra_parameters(opt)
-    assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.5, 0.0, len(method.units))
+    assert (group["lr"] * SCALE_SPEED, group["weight_decay"], len(group["params"])) == (0.5, 0.0, len(method.units))
     optimizer = torch.optim.SGD([{k: v for k, v in group.items() if k != "weight_decay"}], lr=0.1)
     before = {name: scale.clone() for name, scale in method.scales.items()}
     method.before_forward(opt)
@@ -198,11 +198,29 @@ def test_learned_scales_are_trained_and_delivered(opt, mixed, ids, loss_of):
     method.after_backward(opt)
     weights = method.quantized()
     for unit in method.units:
-        stored = storable_scale(method.log_scales[unit.name].detach().exp(), unit.spec)
+        stored = storable_scale((SCALE_SPEED * method.log_scales[unit.name].detach()).exp(), unit.spec)
         assert torch.equal(weights[unit.name].scales, stored.flatten())
     other = StraightThrough(opt, inventory, mixed(inventory), scales="learned")
     other.load_state_dict(copy.deepcopy(method.state_dict()))
     assert all(torch.equal(other.quantized()[n].codes, w.codes) for n, w in weights.items())
+    assert all(torch.equal(other.log_scales[n], p) for n, p in method.log_scales.items())  # to the bit
+
+
+def test_learned_scales_move_faster_than_weights(opt, mixed):
+    """A step of Adam changes a scale by 32 times the learning rate, relative; a rate of its own is that of the logarithm."""
+    inventory = find_units(opt)
+    for rate, change in ((None, SCALE_SPEED * 1e-3), (0.05, 0.05)):
+        method = StraightThrough(opt, inventory, mixed(inventory), scales="learned", scale_learning_rate=rate)
+        optimizer = torch.optim.Adam(method.extra_parameters(opt), lr=1e-3)
+        before = {name: scale.clone() for name, scale in method.scales.items()}
+        for log_scale in method.log_scales.values():
+            log_scale.grad = -torch.ones_like(log_scale)
+        optimizer.step()
+        method.after_step(opt, 1, 10)
+        for name, scale in method.scales.items():
+            torch.testing.assert_close(
+                (scale / before[name]).log(), torch.full_like(scale, change), rtol=1e-4, atol=1e-6
+            )
 
 
 def test_fixed_scales_stay(opt, mixed):

@@ -86,7 +86,7 @@ class QuantizeSettings(_Frozen):
     """Quantized training of one model: method, length, refinement of scales, biases and norms at the end.
 
     ``scales``: where straight-through training takes its scales from (`mixbits.quant.qat`); ``scale_learning_rate``: of learned
-    ones, None is the training's own. ``progressive``: stages (share of the training at which they end, bits) that come before the final specs,
+    ones' logarithms, None is 32 times the training's. ``progressive``: stages (share of the training at which they end, bits) that come before the final specs,
     e.g. ``[[0.2, 8], [0.4, 4]]`` (`mixbits.quant.progressive`).
     """
 
