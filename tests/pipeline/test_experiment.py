@@ -383,6 +383,7 @@ def test_every_measure_learns_bits_and_seeds_are_averaged(texts, tmp_path):
             "progressive",
         ),
         ({"seeds": [1, 1]}, "each may be there once"),
+        ({"rows": [{"name": "a", "spec": "0.5-product-v16", "method": "admm"}]}, "admm needs grids of levels"),
     ],
 )
 def test_rows_that_make_no_sense_are_refused_before_training(texts, tmp_path, change, message):

@@ -9,7 +9,7 @@ differences are paired over sentences. All figures of packed models come from th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +154,10 @@ def _check_row(settings: ExperimentSettings, row: Row, inventory: ModelInventory
     if row.start == "prototypes" or row.measure == "prototypes":
         _check_prototypes(settings)
     if row.spec is not None:
-        QuantSpec.parse(row.spec)
+        _check_method(settings, row, [QuantSpec.parse(row.spec)])
         return
     specs, offered = _offered(settings, row)
+    _check_method(settings, row, specs)
     unmeasured = set(specs) - set(offered)
     if unmeasured:
         raise SpecError(
@@ -164,6 +165,15 @@ def _check_row(settings: ExperimentSettings, row: Row, inventory: ModelInventory
         )
     groups = group_units(inventory, row.granularity)
     check_budget(inventory, specs, max_bytes=budget_bytes(inventory, ratio=row.ratio), groups=groups)
+
+
+def _check_method(settings: ExperimentSettings, row: Row, specs: Sequence[QuantSpec]) -> None:
+    method = row.settings(settings.quantize).method
+    products = [spec for spec in specs if spec.is_product]
+    if products and method != "straight-through":
+        raise SpecError(
+            f"{method} needs grids of levels, and {products[0]} has none; leave it out with 'specs', or set method: straight-through"
+        )
 
 
 def _prototype_specs(settings: ExperimentSettings) -> tuple[QuantSpec, ...]:
