@@ -35,7 +35,7 @@ class Evaluated:
 class Finished:
     """All that an experiment found: rows, the name of the baseline, bits, and what these were learned from.
 
-    ``measured``: sensitivities by measure, of the first seed where there are several; ``chosen``: which measure's each learned row took.
+    ``measured``: sensitivities by measure, of the first seed where there are several; "search" is the last row's.
     """
 
     text: PreparedText
@@ -172,7 +172,8 @@ def _row_json(
         deltas = [a.nats_per_token - b.nats_per_token for a, b in zip(item.by_seed, baseline.by_seed, strict=True)]
         row["ppl_by_seed"] = [r.ppl for r in item.by_seed]
         row["delta_nats_by_seed"] = deltas
-        row["delta_nats_seed_stderr"] = float(np.std(deltas, ddof=1) / np.sqrt(len(deltas)))
+        if len(deltas) > 1:
+            row["delta_nats_seed_stderr"] = statistics.stdev(deltas) / math.sqrt(len(deltas))
     return row | dict((speech or {}).get("rows", {}).get(item.name, {}))
 
 
