@@ -31,7 +31,7 @@ from mixbits.lm.teacher_cache import IndexedBlocks, TeacherCache, can_cache
 from mixbits.lm.train_settings import TrainSettings
 from mixbits.lm.trainer import MARKER_FILE, AfterStep, LMTrainer, TrainingMethod, last_complete_checkpoint
 
-__all__ = ["TrainSettings", "TrainingMethod", "last_complete_checkpoint", "train_model"]
+__all__ = ["TrainSettings", "TrainingMethod", "last_complete_checkpoint", "train_model", "training_device"]
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -141,6 +141,11 @@ def _teacher_cache(teacher: Any, settings: TrainSettings, num_blocks: int, preci
     return TeacherCache(teacher, num_blocks, settings.context, limit_bytes=limit, dtype=dtype)
 
 
+def training_device() -> Literal["cuda", "cpu"]:
+    """Where training runs. A method that keeps tensors beside the model's is built after the model was moved there."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def train_model(
     model: Any,
     train_stream: TokenStream,
@@ -172,9 +177,9 @@ def train_model(
         )
     checkpoint = last_complete_checkpoint(folder)
     _remove_unfinished(folder)
+    device = training_device()
     if teacher is not None:
-        teacher.eval().requires_grad_(False)
-    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+        teacher.eval().requires_grad_(False).to(device)
     precision = run_precision(settings.precision, device, folder, started=checkpoint is not None)
     arguments = _arguments(settings, folder, math.ceil(len(blocks) / settings.batch_size))
     progress = TrainingProgress(title, settings.batch_size * settings.context, show=show_progress)

@@ -16,7 +16,7 @@ import torch
 from mixbits.errors import SpecError
 from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import TokenStream
-from mixbits.lm.train import TrainSettings, train_model
+from mixbits.lm.train import TrainSettings, train_model, training_device
 from mixbits.packing.checkpoint import SavedModel, save_packed
 from mixbits.pipeline.checks import check_full_precision, check_output, check_text
 from mixbits.pipeline.prepare import split_text, training_context
@@ -24,7 +24,7 @@ from mixbits.pipeline.rows import figures_log, fingerprint, remove_without_check
 from mixbits.pipeline.settings import QuantizeSettings
 from mixbits.quant.admm import Admm
 from mixbits.quant.grid import dequantize
-from mixbits.quant.method import quantize_units, trained_units
+from mixbits.quant.method import on_cpu, quantize_units, trained_units
 from mixbits.quant.progressive import Progressive
 from mixbits.quant.proximal import Proximal
 from mixbits.quant.qat import StraightThrough
@@ -64,6 +64,7 @@ def train_quantized(
     from. Returns (stored weights per quantized unit, {"valid_nats", "steps", "epochs", "log"}). Refinement that does not lower
     the validation loss is not kept. With no quantized unit nothing is trained.
     """
+    model.to(training_device())
     inventory = find_units(model)
     units = trained_units(model, inventory, allocation)
     if not units:
@@ -94,7 +95,8 @@ def train_quantized(
                 parameter.data = before[name]
     for unit in units:
         unit.put(dequantize(weights[unit.name]))
-    return weights, record
+    model.cpu()
+    return {name: on_cpu(weight) for name, weight in weights.items()}, record
 
 
 def _train_codes(

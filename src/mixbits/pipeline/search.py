@@ -21,7 +21,7 @@ from mixbits.errors import DataError
 from mixbits.lm.corpus import BlockDataset, TokenStream
 from mixbits.lm.loss import evaluation_mode, training_loss
 from mixbits.lm.precision import Precision, resolve_precision
-from mixbits.lm.train import TrainSettings, last_complete_checkpoint, train_model
+from mixbits.lm.train import TrainSettings, last_complete_checkpoint, train_model, training_device
 from mixbits.lm.trainer import METHOD_FILE
 from mixbits.pipeline.prepare import training_context
 from mixbits.pipeline.search_settings import SearchSettings
@@ -113,6 +113,7 @@ def search_precisions(
     the same result. Raises SpecError for a budget outside the candidates' range or a search that collapsed, DataError for text
     that is too short or a loss that is not finite.
     """
+    model.to(training_device())
     inventory = find_units(model)
     budget = budget_bytes(inventory, ratio=settings.ratio) if max_bytes is None else max_bytes
     context = context or training_context(model)

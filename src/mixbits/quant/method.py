@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,6 +116,12 @@ def quantize_units(
             codebook = None if codebooks is None else codebooks.get(unit.name)
             found[unit.name] = quantize_weight(unit.matrix, unit.spec, scale=scale, codebook=codebook)
     return found
+
+
+def on_cpu(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same weight with its tensors in main memory, ready to be packed."""
+    codebook = None if weight.codebook is None else weight.codebook.cpu()
+    return replace(weight, codes=weight.codes.cpu(), scales=weight.scales.cpu(), codebook=codebook)
 
 
 @contextmanager

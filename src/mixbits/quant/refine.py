@@ -42,7 +42,7 @@ class Refine:
         for unit in self.units:
             weight = weights[unit.name]
             if weight.codebook is None:
-                table = torch.tensor(unit.spec.levels, dtype=torch.float32)
+                table = torch.tensor(unit.spec.levels, dtype=torch.float32, device=weights[unit.name].codes.device)
                 self.levels[unit.name] = table[weight.codes.long()]
             else:
                 self.codes[unit.name] = weight.codes.clone()
