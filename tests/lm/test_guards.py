@@ -179,6 +179,13 @@ def test_a_state_that_is_not_finite_is_never_written(tmp_path, monkeypatch):
         ([5, 2, 20, 20, 20], False),
         ([100, 300, 300, 300], False),  # a loss of another scale: 10 times the best counts
         ([100, 1100, 1100, 1100], True),
+        ([4, 30, 35, 40, 38, 36], True),  # above the start five times, though never 10 times the lowest
+        ([4, 30, 35, 40, 38], False),
+        ([4, 30, 35, 20, 38, 36], False),  # came back once
+        ([15, 29, 29, 29, 29, 29], False),  # not twice the start
+        ([15, 31, 31, 31, 31, 31], True),
+        ([60, 45, 30, 25, 22, 21], False),  # low bits: starts far above guessing, and falls
+        ([7, 9, 12, 14, 12, 9, 8], False),  # a warm-up too fast, that recovers
     ],
 )
 def test_exploded_training(losses, stops):
@@ -199,6 +206,12 @@ def test_exploded_training(losses, stops):
         ([6.0, 9.0], 2, False),
         ([6.0, 9.0, 9.0], 2, True),
         ([6.0, 9.0, 8.0, 9.0], 2, False),
+        ([40.0, 41.0, 40.0], 1, True),  # stuck: above 3 ln 1000 = 20.7 and no lower than at first
+        ([40.0, 41.0], 1, False),
+        ([40.0, 41.0, 39.0], 1, False),  # falls
+        ([40.0, 20.0, 45.0], 1, False),  # was near guessing once
+        ([40.0, 41.0, 40.0], 2, False),
+        ([40.0, 41.0, 42.0, 40.0], 2, True),
     ],
 )
 def test_exploded_validation(losses, patience, stops):
@@ -220,6 +233,30 @@ def test_an_exploding_training_loss_stops(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"training loss exploded: .* in the last 3 logs.* at step 21.*learning_rate"):
         job.run(tmp_path)  # logs every 3 steps: 15, 18, 21
     assert last_complete_checkpoint(tmp_path).name == "checkpoint-20"
+
+
+@pytest.mark.parametrize("kind", ["none", "straight-through"])
+@pytest.mark.parametrize("learning_rate", [3.0, 12.0])
+def test_a_learning_rate_that_is_bad_from_the_first_log_on_stops(kind, learning_rate, tmp_path):
+    with pytest.raises(
+        DataError, match=rf"training loss exploded: .* \(limit .*lower learning_rate \(now {learning_rate:g}\)"
+    ):
+        job.run(tmp_path, kind, learning_rate=learning_rate, schedule="constant")
+
+
+@pytest.mark.parametrize("kind", ["none", "straight-through", "admm"])
+def test_ordinary_training_is_not_stopped(kind, tmp_path):
+    """Far too high a learning rate still, whose loss comes back; and a start of weights times 100, which is bad and falls."""
+    job.run(tmp_path / "high", kind, learning_rate=0.3)
+    student = job.model()
+    with torch.no_grad():
+        student.get_input_embeddings().weight.mul_(100)
+    found = train_model(
+        student, *job.streams(), job.settings(learning_rate=0.3), tmp_path / "bad", method=job.method(kind, student),
+        show_progress=False,
+    )  # fmt: skip
+    losses = [entry["loss"] for entry in found["log"] if "loss" in entry]
+    assert losses[0] > 3 * math.log(27) > losses[-1]
 
 
 @pytest.mark.parametrize(("kind", "last"), [("none", 5), ("straight-through", 10)])

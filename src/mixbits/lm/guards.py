@@ -1,7 +1,7 @@
 """What stops a training run that has gone wrong, and how the place is named.
 
-A loss or gradient that is not finite, and a loss that explodes, end the run with a DataError before the state is written, so that every
-checkpoint on disk is a good one. The first bad place is found by looking at the parameters, then at every module's output in the
+A loss or gradient that is not finite, and a loss that explodes, from the first step on too, end the run with a DataError before the
+state is written, so that every checkpoint on disk is a good one. The first bad place is found by looking at the parameters, then at every module's output in the
 order of the forward pass (dropout off, one sequence at a time), and for gradients by the parameter nearest the output.
 
 Limits: a value that is only bad with dropout on is reported without a layer.
@@ -18,7 +18,7 @@ from torch import nn
 
 from mixbits.lm.loss import evaluation_mode
 
-_EXPLODED_LOGS = 3
+_EXPLODED_LOGS, _RISEN_LOGS = 3, 5
 
 
 def _finite(value: Any) -> bool:
@@ -80,30 +80,42 @@ def describe_gradients(named: Sequence[tuple[str, torch.Tensor]]) -> str:
 
 
 def exploded_training(losses: Sequence[float], vocabulary: int) -> str | None:
-    """What to say when the last logged training losses are all far above what was reached, else None.
+    """What to say when the last logged training losses are all far above what was reached, or above the start; else None.
 
-    Far above: more than 3 ln(vocabulary) and more than 10 times the lowest before them, three logs in a row.
+    ``losses``: in order; the first is the first step's (the trainer logs it), so that a run is judged that is bad from there on.
+    Far above: more than 3 ln(vocabulary), and more than 10 times the lowest before them three logs in a row, or more than twice the
+    first loss five logs in a row. A loss that starts high and falls is neither.
     """
-    last, before = losses[-_EXPLODED_LOGS:], losses[:-_EXPLODED_LOGS]
-    if not before:
-        return None
-    limit = max(3 * math.log(vocabulary), 10 * min(before))
-    if min(last) <= limit:
-        return None
-    shown = ", ".join(f"{loss:.4g}" for loss in last)
-    return f"training loss exploded: {shown} in the last {len(last)} logs, the lowest before was {min(before):.4g} (limit {limit:.4g})"
+    for logs, factor, name, pick in ((_EXPLODED_LOGS, 10, "lowest before", min), (_RISEN_LOGS, 2, "first", _first)):
+        last, before = losses[-logs:], losses[:-logs]
+        if not before:
+            continue
+        reference = pick(before)
+        limit = max(3 * math.log(vocabulary), factor * reference)
+        if min(last) > limit:
+            shown = ", ".join(f"{loss:.4g}" for loss in last)
+            return f"training loss exploded: {shown} in the last {len(last)} logs, the {name} was {reference:.4g} (limit {limit:.4g})"
+    return None
+
+
+def _first(losses: Sequence[float]) -> float:
+    return losses[0]
 
 
 def exploded_validation(losses: Sequence[float], vocabulary: int, *, patience: int) -> str | None:
-    """What to say when validation has risen above guessing by more than 2 nats after having been below, else None.
+    """What to say when validation has risen above guessing by more than 2 nats after having been below, or is stuck; else None.
 
-    ``patience``: that many validations in a row.
+    ``patience``: that many validations in a row. Stuck: never was at or below 3 ln(vocabulary), and the last ``patience`` + 1 of at least
+    ``patience`` + 2 validations are no lower than the first ones.
     """
-    limit = math.log(vocabulary) + 2
+    guessing = math.log(vocabulary)
+    words = f"guessing among {vocabulary:,} words costs {guessing:.4g}"
+    limit = guessing + 2
     last, before = losses[-patience:], losses[:-patience]
-    if not before or min(before) > limit or min(last) <= limit:
-        return None
-    return (
-        f"validation loss rose to {last[-1]:.4g} nats per token after {min(before):.4g}; guessing among {vocabulary:,} words "
-        f"costs {math.log(vocabulary):.4g} (limit {limit:.4g})"
-    )
+    if before and min(before) <= limit < min(last):
+        return f"validation loss rose to {last[-1]:.4g} nats per token after {min(before):.4g}; {words} (limit {limit:.4g})"
+    last, before = losses[-patience - 1 :], losses[: -patience - 1]
+    if before and min(losses) > 3 * guessing and min(last) >= min(before):
+        shown = ", ".join(f"{loss:.4g}" for loss in losses[-patience - 2 :])
+        return f"validation loss does not fall: {shown} nats per token; {words}"
+    return None

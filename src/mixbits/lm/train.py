@@ -81,6 +81,7 @@ def _arguments(settings: TrainSettings, folder: Path, steps_per_epoch: int) -> T
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=max(1, min(50, num_steps // 10)),
+        logging_first_step=True,  # what guards hold later losses against
         logging_nan_inf_filter=False,
         prediction_loss_only=True,
         remove_unused_columns=False,
