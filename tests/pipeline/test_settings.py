@@ -7,7 +7,7 @@ import yaml
 
 from mixbits.errors import DataError, SpecError
 from mixbits.lm.train_settings import TrainSettings
-from mixbits.pipeline.settings import ExperimentSettings, load_experiment, validate
+from mixbits.pipeline.settings import ExperimentSettings, QuantizeSettings, load_experiment, validate
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 RECIPE = {
@@ -38,6 +38,23 @@ def test_defaults_variables_and_overrides(recipe):
     assert (found.full.epochs, found.full.learning_rate, found.text.max_train_words, found.seed) == (2, 1e-4, 100, 7)
     assert (found.quantize.train.teacher_weight, found.quantize.train.dropout) == (1.0, "off")
     assert found.rows[1].ratio == 16
+
+
+def test_a_group_given_in_part_keeps_its_other_defaults(recipe):
+    """Also by an override where the recipe has none of the group, and in a row; what is given is left as it is."""
+    whole = load_experiment(recipe()).quantize
+    asked = {"epochs": 5.0, "batch_size": 4}
+    in_part = load_experiment(recipe(quantize={"train": asked})).quantize
+    assert in_part == whole.model_copy(update={"train": whole.train.model_copy(update=asked)})
+    assert (in_part.train.dropout, in_part.train.teacher_weight, in_part.train.learning_rate) == ("off", 1.0, 1.5e-3)
+    assert load_experiment(recipe(), ("quantize.train.epochs=5", "quantize.train.batch_size=4")).quantize == in_part
+    row = {"name": "a", "spec": "2", "quantize": {"train": asked}}
+    assert load_experiment(recipe(rows=[row])).rows[0].settings(whole) == in_part
+    given = TrainSettings(epochs=5)
+    assert QuantizeSettings(train=given).train == given
+    assert QuantizeSettings.model_validate(in_part.model_dump()) == in_part
+    with pytest.raises(SpecError, match=r"quantize\.train: "):
+        load_experiment(recipe(quantize={"train": 3}))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

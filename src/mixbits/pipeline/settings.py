@@ -86,7 +86,8 @@ class QuantizeSettings(_Frozen):
     """Quantized training of one model: method, length, refinement of scales, biases and norms at the end.
 
     ``scales``: where straight-through training takes its scales from (`mixbits.quant.qat`); ``scale_learning_rate``: of learned
-    ones' logarithms, None is 32 times the training's. ``progressive``: stages (share of the training at which they end, bits) that come before the final specs,
+    ones' logarithms, None is 32 times the training's. ``train`` given in part keeps this group's other defaults, not those of
+    full-precision training. ``progressive``: stages (share of the training at which they end, bits) that come before the final specs,
     e.g. ``[[0.2, 8], [0.4, 4]]`` (`mixbits.quant.progressive`).
     """
 
@@ -99,6 +100,14 @@ class QuantizeSettings(_Frozen):
     progressive: tuple[tuple[float, float], ...] = ()
     admm: AdmmSettings = AdmmSettings()
     proximal: ProximalSettings = ProximalSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _partial_train(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("train"), Mapping):
+            defaults = cls.model_fields["train"].default.model_dump()
+            data = {**data, "train": {**defaults, **data["train"]}}
+        return data
 
     @model_validator(mode="after")
     def _only_straight_through(self) -> QuantizeSettings:
