@@ -1,0 +1,179 @@
+"""PyTorch operators over packed matrices: linear, embedding, log-softmax at targets.
+
+``torch.ops.mixbits.linear`` and its siblings take the tensors of a :class:`~mixbits.kernels.cpu.PackedMatrix` and its numbers, have fake
+kernels (``torch.compile(fullgraph=True)`` traces through them) and refuse autograd clearly. The wrappers below take the matrix itself.
+
+Registered with ``torch.library`` around ctypes, which costs about 5 microseconds a call; nothing is loaded until the first call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from mixbits.errors import SpecError
+from mixbits.kernels import cpu
+from mixbits.kernels.cpu import Activations, MatrixStruct, PackedMatrix
+
+_MATRIX = "Tensor packed, Tensor scales, int rows, int cols, int group, int bits, int mul, int off"
+_LIB = torch.library.Library("mixbits", "DEF")
+_LIB.define(f"linear(Tensor x, {_MATRIX}, Tensor? bias, int activations) -> Tensor")
+_LIB.define(f"embedding(Tensor ids, {_MATRIX}) -> Tensor")
+_LIB.define(
+    f"log_softmax_at(Tensor x, {_MATRIX}, Tensor? bias, Tensor offsets, Tensor targets, int activations) -> (Tensor, Tensor)"
+)
+
+
+def _struct(
+    packed: torch.Tensor, scales: torch.Tensor, rows: int, cols: int, group: int, bits: int, mul: int, off: int
+) -> MatrixStruct:
+    library = cpu.library()
+    size, wanted = library.mb_packed_bytes(rows, cols, group, bits), library.mb_num_scales(rows, cols, group)
+    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != size:
+        raise SpecError(
+            f"packed is {packed.dtype} with {packed.numel()} bytes; ({rows}, {cols}) at {bits} bits takes {size} of uint8"
+        )
+    if bits != 16 and (scales.dtype != torch.float32 or not scales.is_contiguous() or scales.numel() != wanted):
+        raise SpecError(f"scales are {scales.dtype} {tuple(scales.shape)}; expected ({wanted},) of float32")
+    return MatrixStruct(packed.data_ptr(), scales.data_ptr() if bits != 16 else None, rows, cols, group, bits, mul, off, 0)  # fmt: skip
+
+
+def _rows_of(x: torch.Tensor, cols: int) -> torch.Tensor:
+    if x.shape[-1:] != (cols,) or not x.is_floating_point():
+        raise SpecError(
+            f"x is {x.dtype} {tuple(x.shape)}; expected floating-point numbers, {cols} in the last dimension"
+        )
+    return x.reshape(-1, cols).to(torch.float32).contiguous()
+
+
+def _bias(bias: torch.Tensor | None, rows: int) -> tuple[torch.Tensor | None, int | None]:
+    if bias is None:
+        return None, None
+    if tuple(bias.shape) != (rows,):
+        raise SpecError(f"bias has shape {tuple(bias.shape)}; expected ({rows},)")
+    ready = bias.detach().to(torch.float32).contiguous()
+    return ready, ready.data_ptr()
+
+
+def _linear(
+    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, rows: int, cols: int, group: int, bits: int, mul: int,
+    off: int, bias: torch.Tensor | None, activations: int,
+) -> torch.Tensor:  # fmt: skip
+    flat, (kept, address) = _rows_of(x, cols), _bias(bias, rows)
+    out = torch.empty(len(flat), rows)
+    matrix = _struct(packed, scales, rows, cols, group, bits, mul, off)
+    error = cpu.library().mb_linear(
+        ctypes.byref(matrix), activations, flat.data_ptr(), len(flat), address, out.data_ptr()
+    )
+    cpu.check(error, "mixbits::linear")
+    del kept
+    return out.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def _embedding(ids: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, rows: int, cols: int, group: int, bits: int, mul: int, off: int) -> torch.Tensor:  # fmt: skip
+    if ids.is_floating_point():
+        raise SpecError(f"ids are {ids.dtype}; expected whole numbers")
+    flat = ids.reshape(-1).to(torch.int64).contiguous()
+    out = torch.empty(len(flat), cols)
+    matrix = _struct(packed, scales, rows, cols, group, bits, mul, off)
+    cpu.check(cpu.library().mb_embedding(ctypes.byref(matrix), flat.data_ptr(), len(flat), out.data_ptr()), "mixbits::embedding")  # fmt: skip
+    return out.view(*ids.shape, cols)
+
+
+def _log_softmax_at(
+    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, rows: int, cols: int, group: int, bits: int, mul: int,
+    off: int, bias: torch.Tensor | None, offsets: torch.Tensor, targets: torch.Tensor, activations: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    flat, (kept, address) = _rows_of(x, cols), _bias(bias, rows)
+    offsets, targets = offsets.to(torch.int64).contiguous(), targets.to(torch.int64).contiguous()
+    if tuple(offsets.shape) != (len(flat) + 1,) or targets.dim() != 1 or int(offsets[-1]) != len(targets):
+        raise SpecError(
+            f"offsets have shape {tuple(offsets.shape)} and targets {tuple(targets.shape)}; expected ({len(flat) + 1},), the last "
+            "one the number of targets"
+        )
+    out, partition = torch.empty(len(targets)), torch.empty(len(flat))
+    matrix = _struct(packed, scales, rows, cols, group, bits, mul, off)
+    error = cpu.library().mb_log_softmax_at(
+        ctypes.byref(matrix), activations, flat.data_ptr(), len(flat), address, offsets.data_ptr(), targets.data_ptr(),
+        out.data_ptr(), partition.data_ptr(),
+    )  # fmt: skip
+    cpu.check(error, "mixbits::log_softmax_at")
+    del kept
+    return out, partition.view(x.shape[:-1])
+
+
+def _refuse_autograd(name: str) -> Any:
+    operator = getattr(torch.ops.mixbits, name).default
+
+    def forward(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(
+                f"mixbits::{name} has no gradient: packed weights are for inference; use torch.no_grad(), or train the full model"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    return forward
+
+
+for _name, _kernel in (("linear", _linear), ("embedding", _embedding), ("log_softmax_at", _log_softmax_at)):
+    _LIB.impl(_name, _kernel, "CPU")
+    _LIB.impl(_name, _refuse_autograd(_name), "AutogradCPU")
+
+
+@torch.library.register_fake("mixbits::linear", lib=_LIB)
+def _fake_linear(x: Any, packed: Any, scales: Any, rows: int, *others: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.register_fake("mixbits::embedding", lib=_LIB)
+def _fake_embedding(ids: Any, packed: Any, scales: Any, rows: int, cols: int, *others: Any) -> torch.Tensor:
+    return ids.new_empty(*ids.shape, cols, dtype=torch.float32)
+
+
+@torch.library.register_fake("mixbits::log_softmax_at", lib=_LIB)
+def _fake_log_softmax_at(x: Any, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    targets = others[-2]
+    return x.new_empty(targets.shape, dtype=torch.float32), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _numbers(matrix: PackedMatrix) -> tuple[Any, ...]:
+    k = matrix.layout
+    return matrix.packed, matrix.scales, matrix.rows, matrix.cols, k.group, k.bits, k.mul, k.off
+
+
+def linear(
+    x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None, *, activations: Activations = "int8"
+) -> torch.Tensor:
+    """``x W^T + bias``: x (..., cols) floating; returns (..., rows) in x's dtype, computed in float32.
+
+    ``int8``: x is rounded to 8 bits with one scale per row. A row of x with NaN or infinity gives a row of NaN. Raises
+    SpecError for shapes that do not fit, RuntimeError for an x that needs a gradient, KernelUnavailable.
+    """
+    return torch.ops.mixbits.linear(x, *_numbers(matrix), bias, cpu.activation_number(activations))
+
+
+def embedding(ids: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+    """Rows of the matrix: ids (...) whole numbers; returns (..., cols) float32. Raises SpecError for ids out of range."""
+    return torch.ops.mixbits.embedding(ids, *_numbers(matrix))
+
+
+def log_softmax_at(
+    x: torch.Tensor,
+    matrix: PackedMatrix,
+    offsets: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activations: Activations = "int8",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of some outputs of a softmax layer, whose logits never exist as a whole.
+
+    x (..., cols), m rows in all; offsets (m + 1,): the targets of row i are ``targets[offsets[i]:offsets[i + 1]]``, ascending.
+    Returns log softmax(x W^T + bias) at them, (num_targets,), and the log-partition of each row, (...,).
+    """
+    return torch.ops.mixbits.log_softmax_at(
+        x, *_numbers(matrix), bias, offsets, targets, cpu.activation_number(activations)
+    )
