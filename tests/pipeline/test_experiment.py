@@ -15,9 +15,10 @@ from mixbits.lm.perplexity import from_nll
 from mixbits.pipeline import experiment
 from mixbits.pipeline.experiment import baseline_name, run_experiment
 from mixbits.pipeline.manifest import verify_manifest
+from mixbits.pipeline.measuring import Measuring, prototype_rows
 from mixbits.pipeline.rows import TrainedRow
 from mixbits.pipeline.settings import ExperimentSettings, load_experiment
-from mixbits.pipeline.summarize import equal_bytes
+from mixbits.pipeline.summarize import equal_bytes, equal_bytes_rows
 from mixbits.runs import read_json, read_summary
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -121,7 +122,10 @@ def test_the_summary(finished, texts):
     assert set(summary.unit_weights) == set(summary.allocations["learned"]) == set(summary.sensitivity["units"])
     entries = {e["name"]: e for e in summary.equal_bytes}
     assert entries["learned"]["neighbours"] == ["uniform-1", "uniform-4"]
-    assert "trained with admm, the uniform ones with straight-through" in entries["learned-admm"]["verdict"]
+    assert entries["learned-admm"] == {
+        "name": "learned-admm", "neighbours": [],
+        "verdict": "no uniform row was trained as this one was (admm, 1 epochs, from full)",
+    }  # fmt: skip
     assert "no uniform rows on both sides" in entries["learned-large"]["verdict"]
     assert summary.asr["lists"]["test"]["utterances"] == 25
     assert any("admm_primal" in e for e in read_json(path)["training_logs"]["learned-admm"])
@@ -295,6 +299,32 @@ class TestEqualBytes:
             "name": "learned", "neighbours": [], "verdict": f"no uniform rows on both sides of {size} bytes",
         }  # fmt: skip
 
+    @pytest.mark.parametrize(
+        ("own", "neighbours"),
+        [
+            ({}, ["u2", "u4"]),
+            ({"quantize": {"scales": "follow", "admm": {"num_updates": 3}}}, ["u2", "u4"]),  # the default; not read
+            ({"quantize": {"scales": "learned"}}, ["u2-scales", "u4-scales"]),
+            ({"quantize": {"train": {"epochs": 9}}}, ["u2-long", "u4-long"]),
+            ({"method": "admm"}, ["u2-admm", "u4-admm"]),
+            ({"method": "admm", "quantize": {"admm": {"num_updates": 3}}}, []),
+            ({"start": "prototypes"}, []),
+        ],
+    )
+    def test_only_rows_trained_alike_are_compared(self, own, neighbours, texts):
+        kinds = {
+            "": {}, "-scales": {"quantize": {"scales": "learned"}}, "-long": {"quantize": {"train": {"epochs": 9}}},
+            "-admm": {"method": "admm"},
+        }  # fmt: skip
+        rows = [{"name": f"u{b}{kind}", "spec": str(b), **how} for kind, how in kinds.items() for b in (2, 4)]
+        settings = recipe(texts, rows=[*reversed(rows), {"name": "learned", "ratio": 8, **own}])
+        known = self.results(lambda base, rng: base + 0.3)
+        sizes = {row.name: self.sizes[row.name.partition("-")[0]] for row in settings.rows}
+        results = {row.name: known[row.name.partition("-")[0]] for row in settings.rows}
+        (entry,) = equal_bytes_rows(settings, sizes, results, self.stream)
+        assert entry["neighbours"] == neighbours
+        assert ("no uniform row was trained as this one was" in entry["verdict"]) is (not neighbours)
+
     def test_exactly_a_uniform_size(self):
         found = self.entry(lambda base, rng: base + 0.6, learned=200)
         assert found["neighbours"] == ["u2", "u2"]
@@ -316,6 +346,27 @@ def test_shipped_recipes_are_valid(path, monkeypatch):
 
 def test_there_are_recipes():
     assert {"ptb-small"} <= {path.stem for path in RECIPES}
+
+
+def test_the_first_uniform_row_with_the_default_settings_is_the_prototype(texts):
+    rows = [
+        {"name": "admm", "spec": "2", "method": "admm"},
+        {"name": "started", "spec": "2", "start": "prototypes"},
+        {"name": "first", "spec": "2", "method": "straight-through", "quantize": {"scales": "follow"}},
+        {"name": "again", "spec": "2-half-step-row"},
+        {"name": "four", "spec": "4"},
+        {"name": "long", "spec": "4", "quantize": {"train": {"epochs": 9}}},
+        {"name": "learned", "ratio": 2.2, "measure": "prototypes"},
+    ]
+    settings = recipe(texts, rows=rows)
+    found = {"2-half-step-row": "first", "4-papers-row": "four"}
+    assert {str(spec): row.name for spec, row in prototype_rows(settings).items()} == found
+    trained = {row.name: TrainedRow(Path(row.name), {}) for row in settings.rows}
+    run = Measuring(settings, None, None, None, Path(), trained)
+    assert {str(spec): row.folder.name for spec, row in run.uniform_rows().items()} == found
+    assert [row.name for row in sorted(settings.rows, key=experiment._turn)][-2:] == ["started", "learned"]
+    with pytest.raises(SpecError, match="prototypes are trained uniform rows"):
+        Measuring(settings, None, None, None, Path(), {"four": trained["four"]}).uniform_rows()
 
 
 def test_every_measure_learns_bits_and_seeds_are_averaged(texts, tmp_path):

@@ -254,4 +254,7 @@ def test_the_uniform_curve_joins_rows_of_one_method_and_the_first_of_each_size()
         ("uniform-2-steps", 2_000_000, 105.0, "straight-through"),
     ]
     found = [SummaryRow(name, bytes=size, ppl=ppl, method=method) for name, size, ppl, method in rows]
-    assert _curve_points(found, "straight-through") == ([1.0, 2.0], [130.0, 110.0])
+    other_scales = SummaryRow(
+        "uniform-4", bytes=4_000_000, ppl=90.0, method=found[0].method, extra={"scales": "learned"}
+    )
+    assert _curve_points([*found, other_scales], like=found[0]) == ([1.0, 2.0], [130.0, 110.0])

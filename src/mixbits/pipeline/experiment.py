@@ -23,7 +23,7 @@ from mixbits.lm.presets import build_model
 from mixbits.pipeline.checks import check_text
 from mixbits.pipeline.evaluate import load_scorer
 from mixbits.pipeline.manifest import write_manifest
-from mixbits.pipeline.measuring import Measuring
+from mixbits.pipeline.measuring import Measuring, prototype_rows
 from mixbits.pipeline.prepare import PreparedText, prepare_text
 from mixbits.pipeline.quantize import pack, train_quantized
 from mixbits.pipeline.rows import TrainedRow, fingerprint, run_row
@@ -92,7 +92,7 @@ def run_seed(settings: ExperimentSettings, folder: Path, *, show_progress: bool 
     trained = {"full": full, "full-continued": continued}
     measuring = Measuring(settings, text, inventory, full, folder, trained, show_progress)
     allocations = {}
-    for row in sorted(settings.rows, key=lambda row: row.spec is None):  # prototypes before what is learned from them
+    for row in sorted(settings.rows, key=_turn):
         allocations[row.name] = row_allocation(row, inventory, measuring)
         trained[row.name] = _train_row(measuring, row, allocations[row.name])
     for name in settings.compare_measures:
@@ -103,6 +103,11 @@ def run_seed(settings: ExperimentSettings, folder: Path, *, show_progress: bool 
     speech = _rescore(settings, trained, baseline, folder, show_progress=show_progress)
     allocations = {row.name: allocations[row.name] for row in settings.rows}
     return Finished(text, inventory, evaluated, baseline, allocations, measuring.found, speech)
+
+
+def _turn(row: Row) -> int:
+    """Prototypes are trained before what starts from them, and before what is learned from them."""
+    return 2 if row.spec is None else int(row.start == "prototypes")
 
 
 def check_same_settings(settings: ExperimentSettings, path: Path) -> None:
@@ -176,14 +181,8 @@ def _check_method(settings: ExperimentSettings, row: Row, specs: Sequence[QuantS
         )
 
 
-def _prototype_specs(settings: ExperimentSettings) -> tuple[QuantSpec, ...]:
-    """Specs of the uniform rows that are trained with the experiment's own method and settings."""
-    own = settings.quantize
-    return parse_specs(row.spec for row in settings.rows if row.spec is not None and row.settings(own) == own)
-
-
 def _check_prototypes(settings: ExperimentSettings) -> None:
-    found = _prototype_specs(settings)
+    found = prototype_rows(settings)
     if len(found) < 2:
         raise SpecError(
             f"prototypes are trained uniform rows; {len(found)} with the experiment's own method and settings, expected at least two "
@@ -197,7 +196,7 @@ def _offered(settings: ExperimentSettings, row: Row) -> tuple[tuple[QuantSpec, .
     if measure == "search":
         candidates = parse_specs(row.specs or settings.search.candidates)
         return candidates, candidates
-    offered = _prototype_specs(settings) if measure == "prototypes" else parse_specs(settings.measure.specs)
+    offered = tuple(prototype_rows(settings)) if measure == "prototypes" else parse_specs(settings.measure.specs)
     return (offered if row.specs is None else parse_specs(row.specs)), offered
 
 

@@ -69,18 +69,14 @@ class Measuring:
         return found
 
     def uniform_rows(self) -> dict[QuantSpec, TrainedRow]:
-        """The uniform rows trained so far by the experiment's own method. Raises SpecError when there are fewer than two."""
-        own = self.settings.quantize
-        rows = {
-            QuantSpec.parse(row.spec): self.trained[row.name]
-            for row in self.settings.rows
-            if row.spec is not None and row.name in self.trained and row.settings(own) == own
-        }
-        if len(rows) < 2:
+        """The prototypes trained so far. Raises SpecError when there are fewer than two."""
+        rows = prototype_rows(self.settings)
+        found = {spec: self.trained[row.name] for spec, row in rows.items() if row.name in self.trained}
+        if len(found) < 2:
             raise SpecError(
                 "prototypes are trained uniform rows; give at least two rows with 'spec' and the experiment's own method and settings"
             )
-        return rows
+        return found
 
     def prototype_hashes(self) -> dict[str, str]:
         """Spec -> hash of the uniform model to start from."""
@@ -155,6 +151,18 @@ class Measuring:
             shutil.rmtree(work, ignore_errors=True)
         self.found["search"] = read_sensitivities(path)
         return self.found["search"]
+
+
+def prototype_rows(settings: ExperimentSettings) -> dict[QuantSpec, Row]:
+    """The experiment's prototypes: per spec the first uniform row with the experiment's own method and settings, from full precision.
+
+    Other rows of the same spec (another method, other settings, a start from prototypes, or simply later) are not prototypes.
+    """
+    own, found = settings.quantize, dict[QuantSpec, Row]()
+    for row in settings.rows:
+        if row.spec is not None and row.start == "full" and row.settings(own) == own:
+            found.setdefault(QuantSpec.parse(row.spec), row)
+    return found
 
 
 def _kept_wider(inventory: ModelInventory, specs: Iterable[QuantSpec]) -> list[str]:

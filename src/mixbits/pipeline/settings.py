@@ -131,7 +131,8 @@ class Row(_Frozen):
     """One quantized model of an experiment: a uniform ``spec``, or learned bits under a budget.
 
     ``specs``: what learned bits may be chosen from; None is everything that was measured. ``measure``: what they are learned by
-    (None: measure.measure); ``prototypes`` takes the experiment's own uniform rows. ``granularity``: what shares a spec.
+    (None: measure.measure); ``prototypes`` takes the experiment's own uniform rows, of each spec the first one with the experiment's
+    own method and settings. ``granularity``: what shares a spec.
     ``choice``: what is taken from a search, its most probable specs that fit or the integer program over its marginals.
     ``start``: training starts from the full-precision weights, or each unit from the experiment's own uniform row of its spec, as in the
     papers. ``quantize``: settings of quantized training that differ from the experiment's, e.g. ``{scales: follow}``.

@@ -14,7 +14,7 @@ from mixbits.lm.corpus import TokenStream
 from mixbits.lm.perplexity import Perplexity, from_nll, paired_difference
 from mixbits.pipeline.prepare import PreparedText
 from mixbits.pipeline.rows import TrainedRow
-from mixbits.pipeline.settings import ExperimentSettings, portable
+from mixbits.pipeline.settings import ExperimentSettings, QuantizeSettings, Row, portable
 from mixbits.quant.measures.agreement import rank_agreement
 from mixbits.quant.sensitivity import Sensitivities
 from mixbits.runs import versions
@@ -111,23 +111,36 @@ def equal_bytes(
     }
 
 
-def _equal_bytes_rows(
+_READ_BY = {
+    "straight-through": ("scales", "scale_learning_rate", "progressive"), "admm": ("admm",), "proximal": ("proximal",),
+}  # fmt: skip
+
+
+def trained_how(row: Row, base: QuantizeSettings) -> dict[str, Any]:
+    """All that decides a row's training beside its bits: the settings that its method reads, and where it starts."""
+    settings = row.settings(base).model_dump(mode="json")
+    unread = {name for method, names in _READ_BY.items() if method != settings["method"] for name in names}
+    return {name: value for name, value in settings.items() if name not in unread} | {"start": row.start}
+
+
+def equal_bytes_rows(
     settings: ExperimentSettings, sizes: Mapping[str, int], results: Mapping[str, Perplexity], stream: TokenStream
 ) -> list[dict[str, Any]]:
-    """Each learned row against uniform rows of its own method; if those do not reach around it, against the default method's."""
-    default = settings.quantize.method
+    """Each learned row against the uniform rows trained as it was: method, length, scales, start and all other settings."""
+    how = {row.name: trained_how(row, settings.quantize) for row in settings.rows}
     found = []
     for row in (r for r in settings.rows if r.ratio is not None):
-        own = row.method or default
-        for method in (own, default):
-            uniform = [r.name for r in settings.rows if r.spec is not None and (r.method or default) == method]
-            entry = equal_bytes(row.name, sizes, results, uniform, stream)
-            if entry["neighbours"]:
-                break
-        if entry["neighbours"] and method != own:
-            entry["verdict"] += f"; this row was trained with {own}, the uniform ones with {method}"
+        alike = [r.name for r in settings.rows if r.spec is not None and how[r.name] == how[row.name]]
+        entry = equal_bytes(row.name, sizes, results, alike, stream)
+        if not alike:
+            entry["verdict"] = f"no uniform row was trained as this one was ({_how_words(how[row.name])})"
         found.append(entry)
     return found
+
+
+def _how_words(how: Mapping[str, Any]) -> str:
+    scales = f", {how['scales']} scales" if "scales" in how else ""
+    return f"{how['method']}{scales}, {how['train']['epochs']:g} epochs, from {how['start']}"
 
 
 def _verdict(delta: float, stderr: float) -> str:
@@ -204,7 +217,7 @@ def summarize(settings: ExperimentSettings, found: Finished, command: str) -> di
         },
         "baseline": found.baseline,
         "rows": rows,
-        "equal_bytes": _equal_bytes_rows(settings, sizes, results, text.test),
+        "equal_bytes": equal_bytes_rows(settings, sizes, results, text.test),
         "allocations": {n: {u: str(s) for u, s in a.specs.items()} for n, a in found.allocations.items()},
         "unit_weights": {u.name: u.num_weights for u in inventory.units},
         "sensitivity": _sensitivity_json(found.measured[main]) if main else {},

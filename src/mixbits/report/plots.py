@@ -78,12 +78,12 @@ def plot_size(summary: Summary, *, prefix: str) -> Plot | None:
 
 def _draw_points(axes: Axes, rows: list[SummaryRow], *, is_curve: bool) -> None:
     """``rows`` of one kind, in the order of the summary."""
-    method, rows = rows[0].method, sorted(rows, key=lambda r: r.bytes or 0)
+    first, rows = rows[0], sorted(rows, key=lambda r: r.bytes or 0)
     x, y = [(r.bytes or 0) / 1e6 for r in rows], [r.ppl or 0 for r in rows]
     errors = [r.ppl_stderr or 0 for r in rows]
     colour = kind_colour(row_kind(rows[0]))
     if is_curve:
-        axes.plot(*_equal_bytes_curve(*_curve_points(rows, method)), color=colour, lw=1.3, zorder=2)
+        axes.plot(*_equal_bytes_curve(*_curve_points(rows, like=first)), color=colour, lw=1.3, zorder=2)
     marker = {LEARNED: "D", UNIFORM: "o"}.get(colour, "s")
     axes.errorbar(
         x,
@@ -112,10 +112,10 @@ def _draw_points(axes: Axes, rows: list[SummaryRow], *, is_curve: bool) -> None:
         )
 
 
-def _curve_points(rows: Sequence[SummaryRow], method: str | None) -> tuple[list[float], list[float]]:
-    """MB and perplexity of the uniform rows that the curve joins: one method's, and of rows of one size the first."""
-    same_method = [row for row in rows if row.method == method]
-    first = {row.bytes or 0: row.ppl or 0 for row in reversed(same_method)}
+def _curve_points(rows: Sequence[SummaryRow], *, like: SummaryRow) -> tuple[list[float], list[float]]:
+    """MB and perplexity of the uniform rows that the curve joins: those of one method and kind of scales, of one size the first."""
+    alike = [row for row in rows if (row.method, row.extra.get("scales")) == (like.method, like.extra.get("scales"))]
+    first = {row.bytes or 0: row.ppl or 0 for row in reversed(alike)}
     return [size / 1e6 for size in sorted(first)], [first[size] for size in sorted(first)]
 
 
