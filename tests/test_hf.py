@@ -232,7 +232,7 @@ def test_save_pretrained_round_trip(name, tmp_path):
     assert torch.equal(logits(first), logits(second))
     one, two = (json.loads((tmp_path / d / "config.json").read_text()) for d in "ab")
     assert one == two
-    copy.deepcopy(second).save_pretrained(tmp_path / "c", max_shard_size="1KB")
+    copy.deepcopy(second).save_pretrained(tmp_path / "c")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "c/model.safetensors").read_bytes()
 
 
@@ -382,7 +382,7 @@ def _rename_unit(q, old, new):
         (lambda q: q["units"][EMBED].update(kind="linear"), "kind says 'linear'"),
         (lambda q: q["units"][EMBED].update(rows=51), r"embed_tokens\.weight': shape is"),
         (lambda q: q["units"][EMBED].update(rows=32, cols=50), r"embed_tokens\.scales': shape is \(50,\)"),
-        (lambda q: q.update(format_version=2), "format_version is 2"),
+        (lambda q: q.update(format_version=3), "format_version is 3"),
         (lambda q: q.update(units={}), "units is missing"),
         (lambda q: _rename_unit(q, EMBED, EMBED + "2"), "embed_tokens2.weight' is missing"),
         (lambda q: q["units"].pop(EMBED), r"embed_tokens\.weight' is U8 but no unit"),
@@ -398,7 +398,8 @@ def test_config_that_does_not_fit_is_refused(change, message, small):
 
 
 def _rewrite(directory, rename=None, drop=(), add=None):
-    """Write the weight file again with other tensors, header and sizes consistent."""
+    """Write the weight file again with other tensors, header and sizes consistent, and without checksums (version 1)."""
+    _edit_config(directory, lambda q: q.update(format_version=1))
     parsed = read_weight_file(directory / "model.safetensors")
     rename = rename or {}
     with parsed.open() as reader:

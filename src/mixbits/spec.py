@@ -25,6 +25,7 @@ __all__ = [
     "FILE_METADATA",
     "FORMAT_VERSION",
     "HEADER_MULTIPLE",
+    "MAX_SHARD_BYTES",
     "NUM_CENTROIDS",
     "BitAllocation",
     "Granularity",
@@ -41,6 +42,7 @@ __all__ = [
     "parse_specs",
     "predicted_bytes",
     "safetensors_header",
+    "shards",
     "stored_tensors",
     "unit_tensors",
 ]
@@ -48,6 +50,8 @@ __all__ = [
 FORMAT_VERSION = 1
 HEADER_MULTIPLE = 64
 """The safetensors header (8-byte length included) is padded with spaces to a multiple of this."""
+MAX_SHARD_BYTES = 50 * 10**9
+"""Data bytes of one weight file, above which it is split: what transformers does, too."""
 FILE_METADATA: Mapping[str, str] = {"format": "mixbits", "format_version": str(FORMAT_VERSION)}
 
 _DTYPE_BYTES = {"U8": 1, "F16": 2}
@@ -249,10 +253,32 @@ def safetensors_header(tensors: Sequence[StoredTensor], metadata: Mapping[str, s
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def predicted_bytes(inventory: ModelInventory, allocation: BitAllocation) -> int:
-    """Exact size in bytes of the packed weight file, header included."""
-    tensors = stored_tensors(inventory, allocation)
-    return len(safetensors_header(tensors)) + sum(t.num_bytes for t in tensors)
+def shards(
+    tensors: Sequence[StoredTensor], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> tuple[tuple[StoredTensor, ...], ...]:
+    """The tensors of each weight file: filled in order up to ``max_shard_bytes`` of data, a larger tensor stands alone.
+
+    Raises SpecError for a limit below one byte.
+    """
+    if max_shard_bytes < 1:
+        raise SpecError(f"max_shard_bytes is {max_shard_bytes}; expected a number of bytes, e.g. {MAX_SHARD_BYTES}")
+    files: list[list[StoredTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if files[-1] and filled + tensor.num_bytes > max_shard_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(tensor)
+        filled += tensor.num_bytes
+    return tuple(map(tuple, files))
+
+
+def predicted_bytes(
+    inventory: ModelInventory, allocation: BitAllocation, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> int:
+    """Exact size in bytes of the packed weight file, header included; of all of them if it is split."""
+    files = shards(stored_tensors(inventory, allocation), max_shard_bytes)
+    return sum(len(safetensors_header(tensors)) + sum(t.num_bytes for t in tensors) for tensors in files)
 
 
 def compression_ratio(inventory: ModelInventory, num_bytes: int) -> float:

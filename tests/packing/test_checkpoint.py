@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import zlib
 
 import pytest
 import torch
@@ -45,9 +46,12 @@ def test_directory_holds_everything(job, tmp_path):
     assert (config["architectures"], config["dtype"]) == (["OPTForCausalLM"], "float32")
     assert (quantization["quant_method"], quantization["format_version"], quantization["file_bytes"]) == (
         "mixbits",
-        1,
+        2,
         size,
     )
+    assert quantization["byte_order"] == "little"
+    stored = load_file(directory / "model.safetensors")
+    assert quantization["checksums"] == {n: f"{zlib.crc32(t.numpy().tobytes()):08x}" for n, t in stored.items()}
     assert quantization["units"][EMBED] == {
         "spec": str(job.allocation.specs[EMBED]),
         "rows": 23,

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
 
 def main(
-    directory: Annotated[Path, typer.Argument(help="Directory of a packed model.", show_default=False)],
+    directory: Annotated[
+        Path, typer.Argument(help="Directory of a packed model, or a weight file in it.", show_default=False)
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Show the tensors, bits and bytes of a packed model, after checking its files."""
+    """Show the tensors, bits, bytes, entropy and scales of a packed model, after checking its files."""
     from mixbits.packing.inspect import inspect_packed
 
-    info = inspect_packed(directory)
+    info = inspect_packed(directory.parent if directory.is_file() else directory)
     if json:
         import json as json_module
 
@@ -52,7 +54,7 @@ def _print_table(info: PackedInfo) -> None:
     title = Text(info.directory + (f" (names under {prefix.rstrip('.')})" if prefix else ""))
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.add_column("unit", overflow="fold", min_width=16)
-    numbers = ["shape", "bits", "bytes", "share"]
+    numbers = ["shape", "bits", "bytes", "share", "entropy"]
     numbers += ["scale min", "mean", "max"] if all_scales else []
     table.add_column("spec", no_wrap=True)
     for column in numbers:
@@ -66,6 +68,7 @@ def _print_table(info: PackedInfo) -> None:
             f"{unit.bits_per_weight:.3f}",
             f"{unit.num_bytes:,}",
             f"{unit.share:.1%}",
+            "" if unit.code_entropy is None else f"{unit.code_entropy:.3f}/{unit.bits_per_code:g}",
             *("" if value is None else f"{value:.3g}" for value in scales),
         )
     table.add_section()
@@ -74,8 +77,11 @@ def _print_table(info: PackedInfo) -> None:
         spec = "float16" if name != "file header" else ""
         table.add_row(name, spec, "", "", f"{count:,}", f"{count / info.file_bytes:.1%}")
     console.print(table)
+    archived = f" (archived; {info.file_bytes:,} unpacked)" if info.disk_bytes != info.file_bytes else ""
+    files = f" in {len(info.files)} files" if len(info.files) > 1 else ""
     console.print(
-        f"{info.file_bytes:,} bytes, {info.num_parameters:,} parameters (ties once): "
-        f"{info.compression_ratio:.2f} times smaller than float32, {info.bits_per_weight:.3f} bits per weight",
+        f"{info.disk_bytes:,} bytes{files}{archived}, {info.num_parameters:,} parameters (ties once): "
+        f"{info.compression_ratio:.2f} times smaller than float32, {info.bits_per_weight:.3f} bits per weight"
+        + ("" if info.has_checksums else "; format version 1, which has no checksums"),
         highlight=False,
     )

@@ -43,9 +43,13 @@ COMMANDS: dict[str, str] = {
     "quantize": "Train a model quantized, with given bits per unit.",
     "compress": "Measure, allocate, quantize, pack: a model in, a small one out.",
     "inspect": "Show the tensors, bits and bytes of a packed model.",
+    "verify": "Check every file of a packed model, checksums included.",
+    "archive": "Compress a packed model's files without loss, for keeping.",
+    "unarchive": "Unpack an archived model to the very same files.",
     "rescore": "Rescore n-best lists; word error rates and significance.",
     "certify": "Is a packed model lossless? A verdict with its evidence.",
     "report": "Show result files as a table and as one HTML page.",
+    "doctor": "Show what this machine and installation offer.",
     "experiment": "Run a recipe: full, uniform and learned systems compared.",
 }
 _SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mixbits.errors import FormatError, SpecError
@@ -109,46 +111,103 @@ def gather_codes(packed: torch.Tensor, bit_width: float, indices: torch.Tensor) 
     return ((word >> (bits & 7)) & (2**width - 1)).to(torch.uint8)
 
 
-def check_codes(packed: torch.Tensor, spec: QuantSpec, num_codes: int, *, where: str = "codes") -> None:
+def check_codes(
+    packed: torch.Tensor | npt.NDArray[np.uint8], spec: QuantSpec, num_codes: int, *, where: str = "codes"
+) -> None:
     """Raise FormatError naming ``where`` unless ``packed`` is a canonical packing of ``num_codes`` codes of ``spec``.
 
-    Checked: dtype and length, every code an existing level, unused bits of the last byte zero.
+    Checked: dtype and length, every code an existing level, unused bits of the last byte zero. A numpy array is read in
+    place, a chunk at a time.
     """
     _check_width(spec.code_bits)
     expected = _num_bytes(spec.code_bits, num_codes)
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != expected:
+    is_bytes = packed.dtype == (np.uint8 if isinstance(packed, np.ndarray) else torch.uint8)
+    if not is_bytes or tuple(packed.shape) != (expected,):
         raise FormatError(
             f"{where}: got {packed.dtype} of shape {tuple(packed.shape)}; {num_codes} codes of spec {spec} take "
             f"({expected},) of torch.uint8"
         )
     if not num_codes:
         return
+    stream: npt.NDArray[np.uint8] = packed if isinstance(packed, np.ndarray) else packed.cpu().numpy()
     if spec.code_bits == TERNARY:
-        largest = int(packed.max())
+        largest = int(stream.max())
         if largest > 242:
             raise FormatError(f"{where}: a byte is {largest}; five ternary codes give at most 242: the file is damaged")
-    elif spec.num_levels < 2 ** int(spec.code_bits):
-        _check_largest_code(packed, spec, num_codes, where)
+    elif spec.num_levels < 2 ** int(spec.code_bits) and _has_top_code(stream, int(spec.code_bits)):
+        raise FormatError(
+            f"{where}: code {2 ** int(spec.code_bits) - 1} is out of range; spec {spec} has codes 0 .. "
+            f"{spec.num_levels - 1}: the file is damaged"
+        )
     per_group, _ = _group(spec.code_bits)
     last = num_codes % per_group
     if last:
-        tail = packed[_num_bytes(spec.code_bits, num_codes - last) :].tolist()
+        tail = stream[_num_bytes(spec.code_bits, num_codes - last) :].tobytes()
         used = 3**last if spec.code_bits == TERNARY else 1 << (last * int(spec.code_bits))
-        if int.from_bytes(bytes(tail), "little") >= used:
+        if int.from_bytes(tail, "little") >= used:
             raise FormatError(f"{where}: unused bits after the last code are not zero: the file is damaged")
 
 
-def _check_largest_code(packed: torch.Tensor, spec: QuantSpec, num_codes: int, where: str) -> None:
-    chunk = 3 << 22  # a multiple of every group, so that a huge unit is not unpacked at once
-    for start in range(0, packed.numel(), chunk):
-        part = packed[start : start + chunk]
-        count = min(num_codes - start * 8 // int(spec.code_bits), part.numel() * 8 // int(spec.code_bits))
-        codes = expand_codes(part, spec.code_bits, count)
-        if int(codes.max()) >= spec.num_levels:
-            raise FormatError(
-                f"{where}: code {int(codes.max())} is out of range; spec {spec} has codes 0 .. {spec.num_levels - 1}: "
-                "the file is damaged"
-            )
+_CHUNK_BYTES = 24 << 11
+"""Whole 64-bit words and whole 3-bit codes, small enough that all that is computed from them stays in the cache."""
+_FIRST_BITS = np.tile(np.array([0x9249249249249249, 0x4924924924924924, 0x2492492492492492], "<u8"), _CHUNK_BYTES // 24)
+"""Every third bit: where the 3-bit codes of a chunk begin, word by word."""
+
+
+def _has_top_code(stream: npt.NDArray[np.uint8], width: int) -> bool:
+    """Whether a code has all its bits set: the one code that grids of ``2 ** width - 1`` levels (3, 4, 8 bits) do not use."""
+    for start in range(0, len(stream), _CHUNK_BYTES):
+        part = stream[start : start + _CHUNK_BYTES]
+        if width == 8:
+            found = int(part.max()) == 255
+        elif width == 4:
+            found = int(part.max()) >= 0xF0 or int((part | 0xF0).max()) == 255
+        else:
+            found = _has_code_7(part)
+        if found:
+            return True
+    return False
+
+
+def _has_code_7(part: npt.NDArray[np.uint8]) -> bool:
+    """Three bits, 64 codes in three words at a time; what is padded has code 0."""
+    words = np.zeros(-(-len(part) // 24) * 3 + 1, dtype="<u8")
+    words.view(np.uint8)[: len(part)] = part
+    # Bit i of `run` is set where bits i, i + 1 and i + 2 of the stream are: a 7 if a code begins there.
+    run = words[:-1] >> np.uint64(1)
+    run |= words[1:] << np.uint64(63)
+    run &= words[:-1]
+    pairs = words[:-1] >> np.uint64(2)
+    pairs |= words[1:] << np.uint64(62)
+    run &= pairs
+    run &= _FIRST_BITS[: len(run)]
+    return bool(run.any())
+
+
+def code_histogram(stream: npt.NDArray[np.uint8], spec: QuantSpec, num_codes: int) -> npt.NDArray[np.int64]:
+    """How often each code stands in the packed ``stream`` (checked before): int64 counts, shape (num_levels,).
+
+    Counts symbols of several codes, bytes or (3 bits) 12 bits, and adds up what they hold.
+    """
+    width = spec.code_bits
+    per_group, group_bytes = _group(width)
+    whole = num_codes // per_group * group_bytes
+    rest = expand_codes(torch.from_numpy(stream[whole:].copy()), width, num_codes % per_group)
+    counts = np.bincount(rest.numpy(), minlength=256)
+    symbol_bits = 12 if width == 3 else 8
+    seen = np.zeros(1 << symbol_bits, dtype=np.int64)
+    for start in range(0, whole, _CHUNK_BYTES):
+        part = stream[start : min(start + _CHUNK_BYTES, whole)]
+        if width == 3:
+            first, middle, last = part.reshape(-1, 3).astype(np.uint16).T
+            seen += np.bincount(first | (middle & 15) << 8, minlength=4096)
+            part = middle >> 4 | last << 4  # type: ignore[assignment]
+        seen += np.bincount(part, minlength=1 << symbol_bits)
+    symbols = np.arange(1 << symbol_bits)
+    for k in range(5 if width == TERNARY else symbol_bits // int(width)):
+        code = symbols // 3**k % 3 if width == TERNARY else symbols >> (k * int(width)) & (2 ** int(width) - 1)
+        counts += np.bincount(code, weights=seen, minlength=256).astype(np.int64)
+    return counts[: spec.num_levels]
 
 
 def unpack_codes(

@@ -1,11 +1,11 @@
 """Writing a packed model: a directory with config.json, model.safetensors, tokenizer, generation config and README.md.
 
-The weight file is written with the very header `spec.py` predicts, so its size is known to the byte before; that is checked
-again on the file. The whole directory is written under a temporary name and renamed. Everything is checked before the first
-byte is written: names, shapes, codes, scales, NaN, float16 overflow, ties that config.json would not restore.
+The weight files are written with the very headers `spec.py` predicts, so their size is known to the byte before; that is checked
+again on the files. The whole directory is written under a temporary name, synced and renamed. Everything is checked before the
+first byte is written: names, shapes, codes, scales, NaN, float16 overflow, ties that config.json would not restore.
 
 Limits: every tensor that is not packed is stored as float16; models whose class is not part of transformers are not carried
-along; one weight file.
+along.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from torch import nn
 
 from mixbits.errors import DataError, SpecError
 from mixbits.jsonfile import write_text
+from mixbits.packing.archive import archive_packed
 from mixbits.packing.bitpack import pack_codes
 from mixbits.packing.card import model_card
-from mixbits.packing.verify import QUANT_METHOD
-from mixbits.packing.weightfile import WEIGHTS_NAME, write_weight_file
+from mixbits.packing.verify import BYTE_ORDER, CONFIG_VERSION, QUANT_METHOD
+from mixbits.packing.weightfile import sync_folder
+from mixbits.packing.weightset import write_weights
 from mixbits.scales import compact_scale, join_scale, split_scale
 from mixbits.spec import (
-    FORMAT_VERSION,
+    MAX_SHARD_BYTES,
     NUM_CENTROIDS,
     BitAllocation,
     ModelInventory,
@@ -47,7 +49,7 @@ from mixbits.spec import (
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Where a packed model was written and how large its weight file is."""
+    """Where a packed model was written and how large its weight files are on the disk, archived if they are."""
 
     directory: Path
     file_bytes: int
@@ -65,28 +67,35 @@ def save_packed(
     tokenizer: Any = None,
     card: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    archive: bool = False,
 ) -> SavedModel:
     """Write ``model`` as a packed model directory.
 
     model: the transformers model whose other parameters (and 16-bit units) are stored as float16; weights: one entry for each
     unit with a quantized spec; card: facts for the model card, name -> text or number; overwrite: replace a model directory
-    that is there. Raises SpecError (names, shapes, scales, ties, directory in use), DataError (NaN, float16 overflow).
+    that is there; max_shard_bytes: data bytes of one weight file; archive: keep the weight files compressed where that saves
+    at least 3 % (:mod:`mixbits.packing.archive`). Raises SpecError (names, shapes, scales, ties, directory in use), DataError (NaN,
+    float16 overflow).
     """
     tensors = packed_tensors(model, inventory, allocation, weights)
     target = _usable_target(Path(directory), overwrite)
-    expected = predicted_bytes(inventory, allocation)
-    quantization_config = describe(inventory, allocation, expected)
+    expected = predicted_bytes(inventory, allocation, max_shard_bytes=max_shard_bytes)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         os.chmod(temporary, 0o777 & ~_umask())
-        file_bytes = write_weight_file(temporary / WEIGHTS_NAME, stored_tensors(inventory, allocation), tensors)
-        assert file_bytes == expected, f"predicted {expected} bytes, wrote {file_bytes}"
+        stored = stored_tensors(inventory, allocation)
+        written = write_weights(temporary, stored, tensors, max_shard_bytes=max_shard_bytes)
+        assert written.file_bytes == expected, f"predicted {expected} bytes, wrote {written.file_bytes}"
+        quantization_config = describe(inventory, allocation, expected, written.checksums)
         _save_configs(model, quantization_config, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         counts = Counter(_label(allocation.specs[u.name]) for u in inventory.units)
         write_text(temporary / "README.md", model_card(model, quantization_config, counts, dict(card or {})))
+        file_bytes = archive_packed(temporary) if archive else expected
+        _sync(temporary)
         _take_name(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -100,8 +109,10 @@ def _label(spec: QuantSpec) -> str:
     return str(spec) if spec.is_quantized else "16 (float16)"
 
 
-def describe(inventory: ModelInventory, allocation: BitAllocation, file_bytes: int) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json: plain data."""
+def describe(
+    inventory: ModelInventory, allocation: BitAllocation, file_bytes: int, checksums: Mapping[str, str]
+) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json: plain data. ``checksums``: tensor name -> checksum."""
     units = {
         u.name: {
             "spec": str(allocation.specs[u.name]),
@@ -114,8 +125,10 @@ def describe(inventory: ModelInventory, allocation: BitAllocation, file_bytes: i
     }
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": CONFIG_VERSION,
+        "byte_order": BYTE_ORDER,
         "units": units,
+        "checksums": dict(checksums),
         "file_bytes": file_bytes,
         "num_parameters": inventory.num_parameters,
         "compression_ratio": round(compression_ratio(inventory, file_bytes), 4),
@@ -270,6 +283,15 @@ def _save_configs(model: Any, quantization_config: dict[str, Any], directory: Pa
         model.generation_config.save_pretrained(directory)
 
 
+def _sync(directory: Path) -> None:
+    """Have everything in ``directory`` on the disk: configuration and tokenizer are written by others, who do not see to it."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    sync_folder(directory)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -292,6 +314,7 @@ def _take_name(temporary: Path, target: Path) -> None:
     """Rename ``temporary`` to ``target``; a directory already there is moved aside first and then removed."""
     if not target.exists():
         os.replace(temporary, target)
+        sync_folder(target.parent)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
     os.replace(target, aside / "model")
@@ -302,3 +325,4 @@ def _take_name(temporary: Path, target: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(target.parent)

@@ -1,8 +1,9 @@
-"""The weight file: a safetensors file whose header is the one `spec.py` computes; a bounded reader and a synced writer.
+"""One weight file: a safetensors file whose header is the one `spec.py` computes; a bounded reader and a synced writer.
 
 Why our own reader: this is where hostile input arrives, and an error has to name the file, the tensor and the field. The
-reader allocates nothing in proportion to what a header claims, only to what the file really holds. Files written here are
-ordinary safetensors files. Limits: one file (no shards), dtypes U8 and F16, header at most 64 MB.
+reader allocates nothing in proportion to what a header claims, only to what the file really holds, and reads tensors from a
+memory map. Files written here are ordinary safetensors files; several can make a model (:mod:`mixbits.packing.weightset`).
+Limits: dtypes U8 and F16, header at most 64 MB, little-endian machines.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mixbits.errors import DataError, FormatError
@@ -25,16 +29,21 @@ WEIGHTS_NAME = "model.safetensors"
 _MAX_HEADER_BYTES = 64 << 20
 _MAX_DIMS = 8
 _TORCH_DTYPES = {"U8": torch.uint8, "F16": torch.float16}
+_NUMPY_DTYPES = {"U8": "u1", "F16": "<f2"}
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A parsed header: the tensors in file order, where each begins (bytes from the start of the file), the file's size."""
+    """A parsed header: the tensors in file order, where each begins (bytes from the start of the file), the file's size.
+
+    ``content``: the file's bytes where they do not stand on the disk as such (unpacked from an archive), else None.
+    """
 
     path: Path
     tensors: tuple[StoredTensor, ...]
     offsets: Mapping[str, int]
     file_bytes: int
+    content: npt.NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
 
     @property
     def by_name(self) -> dict[str, StoredTensor]:
@@ -42,27 +51,44 @@ class WeightFile:
         return {t.name: t for t in self.tensors}
 
     @contextmanager
-    def open(self) -> Iterator[_Reader]:
+    def open(self) -> Iterator[TensorReader]:
         """Memory-map the file for reading tensors. Raises FormatError if it changed size since it was parsed."""
-        with open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size != self.file_bytes:
-                raise FormatError(f"{self.path}: its size changed while it was read; load it again")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                yield _Reader(self, mapped)
+        yield TensorReader([self])
+
+    def mapped(self) -> npt.NDArray[np.uint8]:
+        """All bytes of the file, read-only, mapped for as long as something refers to them. Raises FormatError as above."""
+        if self.content is not None:
+            return self.content
+        try:
+            with open(self.path, "rb") as file:
+                if os.fstat(file.fileno()).st_size != self.file_bytes:
+                    raise FormatError(f"{self.path}: its size changed while it was read; load it again")
+                return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
 
 
-class _Reader:
-    def __init__(self, weight_file: WeightFile, mapped: mmap.mmap) -> None:
-        self._file, self._mapped = weight_file, mapped
+class TensorReader:
+    """Tensors of one or more open weight files."""
+
+    def __init__(self, files: Sequence[WeightFile]) -> None:
+        self._places: dict[str, tuple[npt.NDArray[np.uint8], int]] = {}
+        for file in files:
+            content = file.mapped()
+            self._places |= {t.name: (content, file.offsets[t.name]) for t in file.tensors}
+
+    def raw(self, stored: StoredTensor) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor where they stand in the mapped file, 1-D, read-only. They keep the file mapped."""
+        content, start = self._places[stored.name]
+        return content[start : start + stored.num_bytes]
+
+    def array(self, stored: StoredTensor) -> npt.NDArray[Any]:
+        """The same as uint8 or float16 numbers in the tensor's shape: nothing is copied."""
+        return self.raw(stored).view(_NUMPY_DTYPES[stored.dtype]).reshape(stored.shape)
 
     def tensor(self, stored: StoredTensor) -> torch.Tensor:
         """A copy of one tensor, so that it outlives the map."""
-        start = self._file.offsets[stored.name]
-        with memoryview(self._mapped) as view:
-            raw = bytearray(view[start : start + stored.num_bytes])
-        if not raw:
-            return torch.empty(stored.shape, dtype=_TORCH_DTYPES[stored.dtype])
-        return torch.frombuffer(raw, dtype=_TORCH_DTYPES[stored.dtype]).view(stored.shape)
+        return torch.from_numpy(self.array(stored).copy())
 
 
 def read_weight_file(path: str | Path) -> WeightFile:
@@ -71,22 +97,33 @@ def read_weight_file(path: str | Path) -> WeightFile:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or size < 8:
-                raise FormatError(
-                    f"{path}: only {size} bytes; a weight file starts with an 8-byte header length: cut short?"
-                )
-            if length > min(size - 8, _MAX_HEADER_BYTES):
-                raise FormatError(
-                    f"{path}: header length says {length} bytes, but the file has {size} and a header at most "
-                    f"{_MAX_HEADER_BYTES}: cut short or damaged"
-                )
-            text = file.read(length)
+            text = file.read(_header_length(path, file.read(8), size))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; a packed model keeps its weights there") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    return _parse_header(path, text, size)
+
+
+def parse_weight_file(path: Path, content: npt.NDArray[np.uint8]) -> WeightFile:
+    """The same for a file whose bytes are in memory; ``path`` names it in errors."""
+    length = _header_length(path, content[:8].tobytes(), len(content))
+    return _parse_header(path, content[8 : 8 + length].tobytes(), len(content), content)
+
+
+def _header_length(path: Path, prefix: bytes, size: int) -> int:
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or size < 8:
+        raise FormatError(f"{path}: only {size} bytes; a weight file starts with an 8-byte header length: cut short?")
+    if length > min(size - 8, _MAX_HEADER_BYTES):
+        raise FormatError(
+            f"{path}: header length says {length} bytes, but the file has {size} and a header at most "
+            f"{_MAX_HEADER_BYTES}: cut short or damaged"
+        )
+    return length
+
+
+def _parse_header(path: Path, text: bytes, size: int, content: npt.NDArray[np.uint8] | None = None) -> WeightFile:
     entries = _parse_json(path, text)
     _check_metadata(path, entries.pop("__metadata__", None))
     spans = [_entry(path, name, value) for name, value in entries.items()]
@@ -95,16 +132,17 @@ def read_weight_file(path: str | Path) -> WeightFile:
     for stored, begin, end in spans:
         if begin != position:
             raise FormatError(
-                f"{path}: tensor {stored.name!r}: data_offsets begin at {begin}; expected {position} (no gap, no overlap)"
+                f"{path}: tensor {stored.name[:200]!r}: data_offsets begin at {begin}; expected {position} (no gap, no overlap)"
             )
         position = end
-    data_start = 8 + length
+    data_start = 8 + len(text)
     if position != size - data_start:
         cut = "cut short" if position > size - data_start else "has bytes after the last tensor"
         raise FormatError(
             f"{path}: {cut}: the header promises {position} bytes of tensors, the file holds {size - data_start}; copy it again"
         )
-    return WeightFile(path, tuple(s for s, _, _ in spans), {s.name: data_start + b for s, b, _ in spans}, size)
+    offsets = {stored.name: data_start + begin for stored, begin, _ in spans}
+    return WeightFile(path, tuple(stored for stored, _, _ in spans), offsets, size, content)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -165,24 +203,53 @@ def _entry(path: Path, name: str, value: Any) -> tuple[StoredTensor, int, int]:
     return stored, offsets[0], offsets[1]
 
 
+def stored_bytes(entry: StoredTensor, tensor: torch.Tensor) -> memoryview:
+    """The bytes of ``tensor`` (any device) as they are stored. Its dtype and shape must be those of ``entry``: asserted."""
+    tensor = tensor.detach().cpu().contiguous()
+    assert (tensor.dtype, tuple(tensor.shape)) == (_TORCH_DTYPES[entry.dtype], entry.shape), entry
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def checksum(data: memoryview) -> str:
+    """CRC-32 (that of zlib, gzip, PNG) of a tensor's bytes: eight hexadecimal digits, lower case."""
+    return f"{zlib.crc32(data):08x}"
+
+
 def write_weight_file(path: str | Path, stored: Sequence[StoredTensor], tensors: Mapping[str, torch.Tensor]) -> int:
-    """Write ``tensors`` in the order of ``stored`` under a temporary name, sync, rename. Returns the file's bytes.
+    """Write ``tensors`` in the order of ``stored`` under a temporary name, sync, rename, sync the folder. Returns the file's
+    bytes.
 
     Each tensor must have the stored dtype and shape (any device); that is an invariant of the callers, asserted.
     """
+    with replacing(path) as file:
+        file.write(safetensors_header(stored))
+        for entry in stored:
+            file.write(stored_bytes(entry, tensors[entry.name]))
+    return Path(path).stat().st_size
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the name ``path`` once it is whole and on the disk; nothing is left of it on an error."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(safetensors_header(stored))
-            for entry in stored:
-                tensor = tensors[entry.name].detach().cpu().contiguous()
-                assert (tensor.dtype, tuple(tensor.shape)) == (_TORCH_DTYPES[entry.dtype], entry.shape), entry
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return path.stat().st_size
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in ``folder`` on the disk, where the system can (Windows cannot open a folder)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
