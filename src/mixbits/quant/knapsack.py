@@ -19,8 +19,9 @@ gap.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -35,6 +36,7 @@ _MAX_ROUNDS = 12
 _EXACT_GROUPS = 300
 _LARGE_GAP, _LARGE_NODES = 1e-4, 300
 _NEXT_NODES = 200
+_MOST_TRIED = 30
 _LEAST_PRICE = 1e-250
 
 Fits = Callable[[np.ndarray], bool]
@@ -99,6 +101,64 @@ def solve(value: np.ndarray, sizes: FileSizes, max_bytes: int, fits: Fits, start
         best = filled if fits(filled) else best
         return Solution(best, _total(value, best), total - within.limit)
     return _search(value, sizes, kept, within, best, max_bytes, fits)
+
+
+def smallest(sizes: FileSizes, is_option: np.ndarray, num_bytes: Callable[[np.ndarray], int]) -> np.ndarray:
+    """The choice (K,) of the smallest file. ``is_option`` (K, S): the options there are; ``num_bytes``: exact bytes of a choice.
+
+    Nearly always each group's own least of data and header. A header a little shorter can save a multiple of its padding, however,
+    which no group sees alone: of the options that a file smaller than that one could use, the best combination is found by a
+    dynamic program over the header's bytes. Limits: exact where the digits of the offsets do not depend on the options left; else several
+    are tried.
+    """
+    huge = np.iinfo(np.int64).max
+    best, kept, within = np.where(is_option, sizes.data + sizes.entries, huge).argmin(1), is_option, None
+    size = num_bytes(best)
+    for _ in range(_MAX_ROUNDS):
+        header = sizes.header_bounds(kept, within)
+        parts = np.where(kept, sizes.data + header.low, huge)
+        excess = np.where(kept, parts - parts.min(1)[:, None], 0)
+        limit = size - 1 - (sizes.other_bytes + header.fixed_low + int(parts.min(1).sum()))
+        if limit < 0:
+            return best
+        before, kept = kept.sum(), kept & (excess <= limit)
+        if kept.sum() == before:
+            break
+        within = Within(excess.astype(float), limit, (0.0, 0.25, 0.5, 1.0, 2.0))
+    for found, at_least in islice(_by_size(sizes.data, header.low, header.fixed_low, kept), _MOST_TRIED):
+        if at_least + sizes.other_bytes >= size:
+            break
+        if num_bytes(found) < size:
+            best, size = found, num_bytes(found)
+    return best
+
+
+def _by_size(data: np.ndarray, entries: np.ndarray, fixed: int, kept: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
+    """For each length of a header of ``fixed`` bytes and the chosen ``entries`` (K, S) the choice (K,) of least data, and this with the
+    padded header; least sum first. A dynamic program: for each number of header bytes, the least data of the groups so far.
+    """
+    shortest = np.where(kept, entries, np.iinfo(np.int64).max).min(1)
+    extra = np.where(kept, entries - shortest[:, None], 0)
+    least, picks = np.zeros(1), []
+    for k in range(len(data)):
+        longer = np.full(len(least) + extra[k].max(), np.inf)
+        pick = np.zeros(len(longer), dtype=np.int16)
+        for i in np.flatnonzero(kept[k]):
+            part = slice(extra[k, i], extra[k, i] + len(least))
+            is_less = least + data[k, i] < longer[part]
+            longer[part] = np.where(is_less, least + data[k, i], longer[part])
+            pick[part] = np.where(is_less, i, pick[part])
+        least = longer
+        picks.append(pick)
+    lengths = fixed + int(shortest.sum()) + np.arange(len(least))
+    total = least - (-lengths // HEADER_MULTIPLE) * HEADER_MULTIPLE
+    for end in np.argsort(total, kind="stable"):
+        place = int(end)
+        choice = np.zeros(len(data), dtype=int)
+        for k in range(len(data) - 1, -1, -1):
+            choice[k] = picks[k][place]
+            place -= extra[k, choice[k]]
+        yield choice, float(total[end])
 
 
 def next_larger(

@@ -22,7 +22,7 @@ import numpy as np
 from mixbits.errors import SpecError
 from mixbits.quant.filesize import FileSizes
 from mixbits.quant.groups import Groups, complete_groups, group_spec
-from mixbits.quant.knapsack import Larger, Solution, next_larger, solve
+from mixbits.quant.knapsack import Larger, Solution, next_larger, smallest, solve
 from mixbits.quant.sensitivity import Sensitivities
 from mixbits.spec import BitAllocation, ModelInventory, QuantSpec, bits_per_weight, compression_ratio, predicted_bytes
 
@@ -122,8 +122,7 @@ class Problem:
     @cached_property
     def smallest(self) -> np.ndarray:
         """The choice of the smallest file (K,)."""
-        size = np.where(np.isfinite(self.useful), self.sizes.data + self.sizes.entries, np.iinfo(np.int64).max)
-        return size.argmin(1)
+        return smallest(self.sizes, np.isfinite(self.useful), self.num_bytes)
 
     @cached_property
     def cheapest(self) -> np.ndarray:
