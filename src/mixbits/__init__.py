@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Public functions, imported only when first used, so that `import mixbits` stays light: name -> module that defines it.
 _LAZY = {
+    "Engine": "mixbits.engine",
     "compress": "mixbits.pipeline.compress",
     "load": "mixbits.hf",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal, Any
 
 import typer
 
@@ -30,6 +30,10 @@ def main(
     one_by_one: Annotated[
         bool, typer.Option("--one-by-one", help="Score each hypothesis apart (slower; for models that need it).")
     ] = False,
+    runtime: Annotated[
+        Literal["auto", "int8", "float32", "pytorch"],
+        typer.Option(help="pytorch, float32: the weights alone are certified; auto, int8: 8-bit activations too (as rescore)."),
+    ] = "pytorch",
     cache: Annotated[Path | None, typer.Option(help="Folder to keep the models' scores in.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the certificate here (JSON).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the certificate here as a page.")] = None,
@@ -53,6 +57,7 @@ def main(
         scoring="one-by-one" if one_by_one else "trie",
         cache=cache,
         show_progress=sys.stderr.isatty(),
+        runtime=runtime,
     )
     certificate = certify(
         full, packed, text=text, dev=dev, lists=nbest or [], alpha=alpha, context=context, stride=stride,

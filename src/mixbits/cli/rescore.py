@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -46,6 +46,12 @@ def main(
     one_by_one: Annotated[
         bool, typer.Option("--one-by-one", help="Score each hypothesis apart (slower; for models that need it).")
     ] = False,
+    runtime: Annotated[
+        Literal["auto", "int8", "float32", "pytorch"],
+        typer.Option(
+            help="auto: packed models that it can run on the native engine with 8-bit activations, others in PyTorch."
+        ),
+    ] = "auto",
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="Allow utterances that the weights were tuned on.")
     ] = False,
@@ -72,6 +78,7 @@ def main(
         scoring="one-by-one" if one_by_one else "trie",
         cache=cache,
         show_progress=sys.stderr.isatty(),
+        runtime=runtime,
     )
     result = rescore_list(
         nbest, model, weights=given, dev=dev, reference_model=reference_model, settings=settings,
@@ -86,7 +93,9 @@ def main(
         written.append(save_weights)
     if json is not None:
         sources = {"list": nbest, "dev": dev, "model": model, "reference": reference_model}
-        write_json(json, _record(result, {k: str(v) for k, v in sources.items() if v is not None}, lower_case, seed))
+        write_json(
+            json, _record(result, {k: str(v) for k, v in sources.items() if v is not None}, lower_case, seed, runtime)
+        )
         written.append(json)
     _print(result, model, reference_model)
     for path in written:
@@ -157,7 +166,7 @@ def _check_writable(path: Path, option: str) -> None:
         raise DataError(f"{option} {path}: no permission to write in {nearest}; choose another place")
 
 
-def _record(result: RescoredList, sources: dict[str, str], lower_case: bool, seed: int) -> dict[str, Any]:
+def _record(result: RescoredList, sources: dict[str, str], lower_case: bool, seed: int, runtime: str) -> dict[str, Any]:
     from mixbits.pipeline.rescore import weight_values
     from mixbits.pipeline.speech_rows import NO_LOSS_RULE
     from mixbits.runs import versions
@@ -179,6 +188,7 @@ def _record(result: RescoredList, sources: dict[str, str], lower_case: bool, see
             "tokens": int(lm.num_tokens.sum()),
             "distinct_prefixes": lm.num_nodes,
             "seconds": lm.seconds,
+            "runtime": runtime,
         },
         "notes": list(result.notes),
         "versions": versions(),

@@ -120,9 +120,9 @@ class PackedUnit(nn.Module):
 
     def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
         codes = expand_codes(self.weight, self.spec.code_bits, self.spec.num_codes(self.rows, self.cols))
-        return self._oriented(self._values(codes.view(self.rows, -1), self._scale()).to(dtype))
+        return self._oriented(self._values(codes.view(self.rows, -1), self.scale()).to(dtype))
 
-    def _scale(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def scale(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Compact float32 scale, (rows, 1), (rows, num_groups) or (1, 1), of all rows or of those asked for."""
 
         if not self.spec.has_scales:
@@ -227,7 +227,7 @@ class PackedEmbedding(PackedUnit):
         per_row = self.spec.num_codes(1, self.cols)
         positions = rows.view(-1, 1) * per_row + torch.arange(per_row, device=rows.device)
         codes = gather_codes(held.weight, self.spec.code_bits, positions)
-        return held._values(codes, held._scale(rows)).to(dtype).view(*ids.shape, self.cols)
+        return held._values(codes, held.scale(rows)).to(dtype).view(*ids.shape, self.cols)
 
 
 class PackedOPTPositions(PackedEmbedding):
@@ -242,10 +242,17 @@ class PackedOPTPositions(PackedEmbedding):
 
         As ``OPTLearnedPositionalEmbedding.forward`` of transformers: a masked token has position -1, the row before the first.
         """
+        return super().forward(self.table_rows(attention_mask, past_key_values_length, position_ids))
+
+    @classmethod
+    def table_rows(
+        cls, attention_mask: torch.Tensor, past_key_values_length: int, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Which rows of the table :meth:`forward` looks up, (batch, new)."""
         if position_ids is None:
             position_ids = (torch.cumsum(attention_mask, dim=1) * attention_mask - 1).long()
             position_ids = position_ids[:, past_key_values_length:]
-        return super().forward(position_ids + self.offset)
+        return position_ids + cls.offset
 
 
 def packed_layer(unit: Unit, spec: QuantSpec, layer: nn.Module, *, owner: PackedUnit | None = None) -> PackedUnit:

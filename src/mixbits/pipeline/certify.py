@@ -72,7 +72,7 @@ def certify(
         that make no sense.
     """
     check_alpha(alpha)
-    settings = settings or ScoreSettings()
+    settings = settings or ScoreSettings(runtime="pytorch")
     perplexity_evidence(
         0.0, 0.0, 2, margin_nats=margin_nats, alpha=alpha
     )  # a margin that makes no sense is refused before the work
@@ -113,6 +113,7 @@ def certify(
             "lower_case": settings.lower_case,
             "max_tokens": settings.max_tokens,
             "scoring": settings.scoring,
+            "runtime": settings.runtime,
             "bootstrap_draws": NUM_DRAWS,
         },
         "seed": seed,

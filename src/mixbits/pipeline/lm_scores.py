@@ -22,7 +22,8 @@ import numpy as np
 
 from mixbits.asr.nbest import NBest
 from mixbits.asr.rescore import DEFAULT_MAX_TOKENS, LmFeatures, lm_features
-from mixbits.errors import DataError
+from mixbits.errors import DataError, SpecError
+from mixbits.jsonfile import read_json
 from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import boundary_id, encode_lines
 from mixbits.lm.forest import ForestScorer, SequenceScorer
@@ -34,6 +35,9 @@ _ENCODE_BATCH = 4096
 _MAX_UNKNOWN_SHARE = 0.5
 
 Scoring = Literal["trie", "one-by-one"]
+Runtime = Literal["auto", "int8", "float32", "pytorch"]
+"""What computes the scores of tries: the native engine with activations in 8 bits or float32, or PyTorch; ``auto``: the engine with 8 bits
+for a packed model that it can run, PyTorch for every other."""
 
 
 class SpeechModel:
@@ -71,6 +75,42 @@ class SpeechModel:
         set_weight_cache(model)
         return model
 
+    def runtime(self, wanted: Runtime, scoring: Scoring) -> Runtime:
+        """What ``auto`` means for this model. Raises SpecError when the engine is asked for and cannot run it."""
+        if scoring != "trie" or wanted == "pytorch":
+            if wanted in ("int8", "float32"):
+                raise SpecError(
+                    f"runtime {wanted} is the native engine, which scores tries; leave {scoring} out or use pytorch"
+                )
+            return "pytorch"
+        reason = self._why_no_engine()
+        if reason is None:
+            return "int8" if wanted == "auto" else wanted
+        if wanted == "auto":
+            return "pytorch"
+        raise SpecError(f"{self.directory}: the native engine cannot run this model: {reason}; use runtime pytorch")
+
+    def _why_no_engine(self) -> str | None:
+        from mixbits.engine import unsupported
+
+        if self.directory is None:
+            return "it is in memory, not a directory"
+        config = read_json(self.directory / "config.json")
+        quantization = config.get("quantization_config") if isinstance(config, dict) else None
+        if not isinstance(quantization, dict) or quantization.get("quant_method") != "mixbits":
+            return "it is not packed"
+        return unsupported(self.directory)
+
+    def score_forest(self, runtime: Runtime) -> Any:
+        """Callable, forest -> log-probability of each node, for a runtime other than ``auto``."""
+        if runtime == "pytorch":
+            return ForestScorer(self.model)
+        from mixbits.engine import Engine
+
+        assert self.directory is not None
+        assert runtime != "auto"
+        return Engine(self.directory, activations=runtime)
+
     @cached_property
     def model_hash(self) -> str | None:
         """SHA-256 over the weight files; None for a model in memory."""
@@ -100,6 +140,7 @@ def neural_features(
     lower_case: bool = False,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     scoring: Scoring = "trie",
+    runtime: Runtime = "auto",
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> LmFeatures:
@@ -109,16 +150,18 @@ def neural_features(
         lower_case: give the model the texts in lower case (the lists themselves are left as they are).
         max_tokens: bound on model positions at once.
         scoring: ``one-by-one`` for models that cannot score tries (the error of ``trie`` says so).
+        runtime: what computes, see :data:`Runtime`.
         cache: folder of kept scores; a second call with the same model and texts reads them.
 
     Raises:
         DataError: more than half of the words are unknown to the model, or a hypothesis is longer than it takes (named).
-        SpecError: the model cannot score tries.
+        SpecError: the model cannot score tries, or the runtime asked for cannot run it.
     """
     if not isinstance(model, SpeechModel):
         model = SpeechModel(model)
     texts = [_cased(hypothesis.text, lower_case) for entry in lists for hypothesis in entry.hypotheses]
-    kept = _cache_file(model, lists, texts, scoring, cache)
+    runtime = model.runtime(runtime, scoring)
+    kept = _cache_file(model, lists, texts, scoring if runtime == "pytorch" else f"{scoring} {runtime}", cache)
     if kept is not None and (found := _read_cache(kept, len(texts))) is not None:
         return found
     unknown = unknown_words(model.tokenizer, texts)
@@ -127,7 +170,7 @@ def neural_features(
     features = lm_features(
         lists,
         encode=lambda text: ids[_cased(text, lower_case)],
-        score_forest=ForestScorer(model.model) if scoring == "trie" else None,
+        score_forest=model.score_forest(runtime) if scoring == "trie" else None,
         score_hypotheses=SequenceScorer(model.model) if scoring == "one-by-one" else None,
         count_unknown=lambda text: sum(word in unknown for word in _cased(text, lower_case).split()),
         max_tokens_per_forest=max_tokens,
@@ -202,7 +245,7 @@ def _cased(text: str, lower_case: bool) -> str:
 
 
 def _cache_file(
-    model: SpeechModel, lists: Sequence[NBest], texts: Sequence[str], scoring: Scoring, cache: str | Path | None
+    model: SpeechModel, lists: Sequence[NBest], texts: Sequence[str], scoring: str, cache: str | Path | None
 ) -> Path | None:
     if cache is None or model.fingerprint is None:
         return None

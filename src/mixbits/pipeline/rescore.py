@@ -26,7 +26,7 @@ from mixbits.asr.rescore import DEFAULT_MAX_TOKENS, LmFeatures, apply_weights
 from mixbits.asr.tune import tune_on_lists
 from mixbits.asr.weights import SCALES, Weights, check_no_overlap
 from mixbits.errors import DataError, SpecError
-from mixbits.pipeline.lm_scores import Scoring, SpeechModel, neural_features, unknown_share
+from mixbits.pipeline.lm_scores import Runtime, Scoring, SpeechModel, neural_features, unknown_share
 from mixbits.pipeline.speech_rows import (
     FIRST_PASS,
     FIRST_PASS_TUNED,
@@ -57,12 +57,13 @@ class ScoreSettings:
     cache: str | Path | None = None
     show_progress: bool = False
     interpolate: Literal["tuned", "equal"] = "tuned"
+    runtime: Runtime = "auto"
 
     def score(self, model: SpeechModel, lists: Sequence[NBest]) -> LmFeatures:
         """LM scores of all hypotheses."""
         return neural_features(
             model, lists, lower_case=self.lower_case, max_tokens=self.max_tokens, scoring=self.scoring,
-            cache=self.cache, progress=self.show_progress,
+            runtime=self.runtime, cache=self.cache, progress=self.show_progress,
         )  # fmt: skip
 
     def apart(self, model: SpeechModel, lists: Sequence[NBest]) -> tuple[Sequence[NBest], LmFeatures]:
