@@ -8,6 +8,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The compiled kernels: installing again builds them again.
+NATIVE := CMakeLists.txt $(wildcard src/mixbits/kernels/csrc/*)
 TEST_WORKERS ?= 2
 TEST_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -27,12 +29,12 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-$(VENV)/.installed-all: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-all: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	@echo "installing mixbits and its tools into $(VENV) (a few minutes the first time)"
 	@$(INSTALL) --editable '.[dev,demo]'
 	@touch $(VENV)/.installed-demo $@
 
-$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-demo: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	@echo "installing mixbits into $(VENV) (a few minutes the first time)"
 	@$(INSTALL) --editable '.[demo]'
 	@touch $@
@@ -57,6 +59,7 @@ build: setup
 
 clean:
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
+	rm -rf .cmake .ninja_deps .ninja_log .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt build.ninja cmake_install.cmake
 	find src tests demo benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
