@@ -325,6 +325,25 @@ class TestEqualBytes:
         assert entry["neighbours"] == neighbours
         assert ("no uniform row was trained as this one was" in entry["verdict"]) is (not neighbours)
 
+    def test_seeds_that_disagree_leave_it_undecided(self):
+        results = self.results(lambda base, rng: base + 0.4)  # 0.1 better than the curve, in every sentence alike
+        shifts = {"u1": (0, 0, 0), "u2": (0, 0.04, -0.04), "u4": (0, 0.2, -0.2), "learned": (0.2, 0, -0.2)}
+        by_seed = {
+            n: [from_nll((results[n].nll + s).astype(np.float32), self.stream, context=8, stride=4) for s in shifts[n]]
+            for n in results
+        }
+        once = equal_bytes("learned", self.sizes, results, ["u1", "u2", "u4"], self.stream)
+        found = equal_bytes("learned", self.sizes, results, ["u1", "u2", "u4"], self.stream, by_seed)
+        assert once["verdict"].startswith("learned bits are better")
+        deltas = [0.2, -0.75 * 0.04 - 0.25 * 0.2, -0.2 + 0.75 * 0.04 + 0.25 * 0.2]
+        assert found["delta_nats_seed_stderr"] == pytest.approx(np.std(deltas, ddof=1) / math.sqrt(3), rel=1e-4)
+        assert "cannot be told apart" in found["verdict"]
+        assert {k: v for k, v in found.items() if k not in ("verdict", "delta_nats_seed_stderr")} == {
+            k: v for k, v in once.items() if k != "verdict"
+        }
+        single = equal_bytes("learned", self.sizes, results, ["u2", "u4"], self.stream, dict.fromkeys(results, ()))
+        assert single == once
+
     def test_exactly_a_uniform_size(self):
         found = self.entry(lambda base, rng: base + 0.6, learned=200)
         assert found["neighbours"] == ["u2", "u2"]

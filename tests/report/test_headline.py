@@ -50,6 +50,20 @@ def test_no_standard_error_no_claim():
     assert ": lossless" not in text
 
 
+def test_an_error_over_seeds_is_added_in_quadrature():
+    """0.003 over sentences and 0.004 over seeds are 0.005; both claims hold by the first alone."""
+    row, equal = {"delta_nats": -0.008, "delta_nats_stderr": 0.003}, {"delta_nats": -0.008, "delta_nats_stderr": 0.003}
+    assert ": lossless" in say(row, equal)
+    assert "it is better than uniform bits" in say(row, equal)
+    seeds = {"delta_nats_seed_stderr": 0.004}
+    text = say({**row, **seeds}, {**equal, **seeds})
+    assert f"{chr(0x2212)}0.0080 ± 0.0050 nats per token: the difference is within its error" in text
+    assert "not measurably better than uniform bits: 0.0080 ± 0.0050 nats per token lower, within the error" in text
+    assert ": lossless" in say({"delta_nats": -0.01, "delta_nats_stderr": 0.003, **seeds})
+    for unknown in (None, "x", True):
+        assert say(row | {"delta_nats_seed_stderr": unknown}, equal) == say(row, equal)
+
+
 def test_worse_than_uniform_is_said_so():
     assert "NOT better than uniform bits: worse by 0.0300 ± 0.0030" in say(equal={"delta_nats": 0.03})
 

@@ -85,10 +85,12 @@ def equal_bytes(
     results: Mapping[str, Perplexity],
     uniform: Sequence[str],
     stream: TokenStream,
+    by_seed: Mapping[str, Sequence[Perplexity]] | None = None,
 ) -> dict[str, Any]:
     """A learned row against the uniform curve at its own bytes: log-perplexity interpolated linearly in bytes.
 
-    The difference is paired token by token with the same interpolation of the two neighbours' log-probabilities.
+    The difference is paired token by token with the same interpolation of the two neighbours' log-probabilities. ``by_seed``: each
+    seed's own results, where there are several; ``delta_nats_seed_stderr`` is the standard error over them, and counts in the verdict.
     """
     size = sizes[learned]
     below = max((u for u in uniform if sizes[u] <= size), key=lambda u: sizes[u], default=None)
@@ -100,15 +102,23 @@ def equal_bytes(
     mixed = (1 - share) * results[below].nll.astype(np.float64) + share * results[above].nll.astype(np.float64)
     reference = from_nll(mixed, stream, context=results[below].context, stride=results[below].stride)
     delta, stderr = paired_difference(results[learned], reference, stream)
+    seeds = [[r.nats_per_token for r in (by_seed or {}).get(name, ())] for name in (learned, below, above)]
+    over_seeds = _seed_stderr([ours - (1 - share) * b - share * a for ours, b, a in zip(*seeds, strict=True)])
     return {
         "name": learned,
         "interpolated_nats": reference.nats_per_token,
         "nats": results[learned].nats_per_token,
         "delta_nats": delta,
         "delta_nats_stderr": stderr,
+        **({} if over_seeds is None else {"delta_nats_seed_stderr": over_seeds}),
         "neighbours": [below, above],
-        "verdict": _verdict(delta, stderr),
+        "verdict": _verdict(delta, math.hypot(stderr, over_seeds or 0.0)),
     }
+
+
+def _seed_stderr(values: Sequence[float]) -> float | None:
+    """Standard error of the mean over seeds; unknown for one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 _READ_BY = {
@@ -124,14 +134,18 @@ def trained_how(row: Row, base: QuantizeSettings) -> dict[str, Any]:
 
 
 def equal_bytes_rows(
-    settings: ExperimentSettings, sizes: Mapping[str, int], results: Mapping[str, Perplexity], stream: TokenStream
+    settings: ExperimentSettings,
+    sizes: Mapping[str, int],
+    results: Mapping[str, Perplexity],
+    stream: TokenStream,
+    by_seed: Mapping[str, Sequence[Perplexity]] | None = None,
 ) -> list[dict[str, Any]]:
     """Each learned row against the uniform rows trained as it was: method, length, scales, start and all other settings."""
     how = {row.name: trained_how(row, settings.quantize) for row in settings.rows}
     found = []
     for row in (r for r in settings.rows if r.ratio is not None):
         alike = [r.name for r in settings.rows if r.spec is not None and how[r.name] == how[row.name]]
-        entry = equal_bytes(row.name, sizes, results, alike, stream)
+        entry = equal_bytes(row.name, sizes, results, alike, stream, by_seed)
         if not alike:
             entry["verdict"] = f"no uniform row was trained as this one was ({_how_words(how[row.name])})"
         found.append(entry)
@@ -185,8 +199,9 @@ def _row_json(
         deltas = [a.nats_per_token - b.nats_per_token for a, b in zip(item.by_seed, baseline.by_seed, strict=True)]
         row["ppl_by_seed"] = [r.ppl for r in item.by_seed]
         row["delta_nats_by_seed"] = deltas
-        if len(deltas) > 1:
-            row["delta_nats_seed_stderr"] = statistics.stdev(deltas) / math.sqrt(len(deltas))
+        over_seeds = _seed_stderr(deltas)
+        if over_seeds is not None:
+            row["delta_nats_seed_stderr"] = over_seeds
     return row | dict((speech or {}).get("rows", {}).get(item.name, {}))
 
 
@@ -200,6 +215,7 @@ def summarize(settings: ExperimentSettings, found: Finished, command: str) -> di
         rows = [{"name": n, **blank, **entry} for n, entry in speech["rows"].items() if n not in evaluated] + rows
     sizes = {n: int(e.trained.record["bytes"]) for n, e in evaluated.items() if e.trained.record.get("bytes")}
     results = {n: e.result for n, e in evaluated.items()}
+    by_seed = {n: e.by_seed for n, e in evaluated.items()}
     stored = (full.trained.model / "model.safetensors").stat().st_size
     main = settings.measure.measure if settings.measure.measure in found.measured else next(iter(found.measured), None)
     return {
@@ -217,7 +233,7 @@ def summarize(settings: ExperimentSettings, found: Finished, command: str) -> di
         },
         "baseline": found.baseline,
         "rows": rows,
-        "equal_bytes": equal_bytes_rows(settings, sizes, results, text.test),
+        "equal_bytes": equal_bytes_rows(settings, sizes, results, text.test, by_seed),
         "allocations": {n: {u: str(s) for u, s in a.specs.items()} for n, a in found.allocations.items()},
         "unit_weights": {u.name: u.num_weights for u in inventory.units},
         "sensitivity": _sensitivity_json(found.measured[main]) if main else {},
@@ -242,7 +258,8 @@ def _seed_notes(settings: ExperimentSettings) -> list[str]:
         return []
     return [
         f"Means over the seeds {', '.join(map(str, settings.seeds))} (log-probabilities averaged token by token, sizes the largest); bits, "
-        "sensitivities and words are those of the first. delta_nats_seed_stderr is the standard error over seeds."
+        "sensitivities and words are those of the first. delta_nats_seed_stderr is the standard error over seeds; "
+        "verdicts and the report's sentences take it and that over sentences in quadrature."
     ]
 
 

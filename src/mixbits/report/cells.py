@@ -56,6 +56,14 @@ def with_error(value: Number, stderr: Number, digits: int = 2, *, sign: bool = F
     return f"{number(value, digits, sign=sign)} ± {number(stderr, digits)}"
 
 
+def both_errors(stderr: Number, facts: Mapping[str, Any]) -> Number:
+    """Standard error of a difference: over sentences, and where ``facts`` hold ``delta_nats_seed_stderr`` over seeds too, in quadrature."""
+    over_seeds = facts.get("delta_nats_seed_stderr")
+    if stderr is None or isinstance(over_seeds, bool) or not isinstance(over_seeds, (int, float)):
+        return stderr
+    return math.hypot(stderr, over_seeds) if math.isfinite(over_seeds) else stderr
+
+
 def megabytes(num_bytes: Number) -> str:
     """``0.41 MB``: three significant digits, decimal megabytes."""
     if num_bytes is None:
@@ -104,7 +112,8 @@ def _percent_cell(row: SummaryRow, summary: Summary) -> str:
 
 
 def _delta_cell(row: SummaryRow, summary: Summary) -> str:
-    return DASH if _is_baseline(row, summary) else with_error(row.delta_nats, row.delta_nats_stderr, 4, sign=True)
+    stderr = both_errors(row.delta_nats_stderr, row.extra)
+    return DASH if _is_baseline(row, summary) else with_error(row.delta_nats, stderr, 4, sign=True)
 
 
 def _errors_cell(row: SummaryRow, summary: Summary) -> str:
@@ -144,7 +153,9 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("Δ ppl", "perplexity over the baseline's; positive = worse", _percent_cell),
     Column(
-        "Δ nats\nper\u00a0token", "paired difference to the baseline ± standard error; positive = worse", _delta_cell
+        "Δ nats\nper\u00a0token",
+        "paired difference to the baseline ± standard error, over sentences and seeds; positive = worse",
+        _delta_cell,
     ),
     Column("WER %", "word error rate, percent", lambda r, s: number(r.wer, 2)),
     Column(

@@ -4,8 +4,11 @@ The rules, so that the sentences stay honest:
 
 * "lossless" is said of perplexity only if the whole 95 % interval of the paired difference is at or below zero;
 * "better than uniform" only if the difference at equal bytes is negative by more than 1.96 standard errors;
+* both errors are those over sentences and, with several seeds, over seeds, in quadrature;
 * "no significant WER loss" only if full precision significantly beats the first pass and the upper 95 % bound of the
   loss is at most 20 % of that gain; otherwise it is said that this test cannot tell.
+
+Limits: 1.96 is the normal quantile; an error over two or three seeds is rough itself.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixbits.report.cells import megabytes, number, p_text, percent_over_baseline, ppl_digits, with_error
+from mixbits.report.cells import both_errors, megabytes, number, p_text, percent_over_baseline, ppl_digits, with_error
 from mixbits.report.kinds import row_kind
 from mixbits.summary import Summary, SummaryRow
 
@@ -58,7 +61,7 @@ def _perplexity(row: SummaryRow, summary: Summary) -> str:
     if base is None or share is None:
         return f"{text}; no full-precision baseline to compare with."
     text += f" against {number(base.ppl, ppl_digits(base.ppl))} of {base.name}: {number(share, 1, sign=True)} %"
-    delta, stderr = row.delta_nats, row.delta_nats_stderr
+    delta, stderr = row.delta_nats, both_errors(row.delta_nats_stderr, row.extra)
     if delta is None:
         return f"{text} (no paired test of the difference)."
     text += f", {with_error(delta, stderr, 4, sign=True)} nats per token"
@@ -73,7 +76,7 @@ def _perplexity(row: SummaryRow, summary: Summary) -> str:
 
 def _equal_bytes(row: SummaryRow, summary: Summary) -> str:
     entry: Mapping[str, Any] = next((e for e in summary.equal_bytes if e.get("name") == row.name), {})
-    delta, stderr = entry.get("delta_nats"), entry.get("delta_nats_stderr")
+    delta, stderr = entry.get("delta_nats"), both_errors(entry.get("delta_nats_stderr"), entry)
     if delta is None:
         verdict = entry.get("verdict")
         return (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mixbits import __version__
 from mixbits.errors import DataError
 from mixbits.jsonfile import write_text
-from mixbits.report.cells import DASH, Column, cleaned, number, table, with_error
+from mixbits.report.cells import DASH, Column, both_errors, cleaned, number, table, with_error
 from mixbits.report.headline import headline
 from mixbits.summary import Summary, read_summary
 
@@ -90,7 +90,7 @@ def _equal_bytes_cells(entry: Any) -> list[str]:
         " and ".join(str(n) for n in neighbours) if isinstance(neighbours, (list, tuple)) and neighbours else DASH,
         number(entry.get("nats"), 4),
         number(entry.get("interpolated_nats"), 4),
-        with_error(entry.get("delta_nats"), entry.get("delta_nats_stderr"), 4, sign=True),
+        with_error(entry.get("delta_nats"), both_errors(entry.get("delta_nats_stderr"), entry), 4, sign=True),
         str(entry.get("verdict") or DASH),
     ]
 
