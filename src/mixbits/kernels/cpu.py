@@ -25,6 +25,7 @@ from mixbits.errors import KernelUnavailable, SpecError
 from mixbits.quantspec import QuantSpec
 
 ABI_VERSION = 1
+MAX_THREADS = 1024
 Activations = Literal["int8", "float32"]
 _NUMBER = {"int8": 0, "float32": 1}
 _LIBRARY_NAMES = {"win32": "mixbits_cpu.dll", "darwin": "libmixbits_cpu.dylib"}
@@ -111,14 +112,15 @@ def _candidates() -> list[Path]:
 
 def _threads() -> int:
     for name in ("MIXBITS_THREADS", "OMP_NUM_THREADS"):
-        text = os.environ.get(name, "")
-        if text.strip().isdecimal() and int(text) > 0:
+        text = os.environ.get(name, "").strip()
+        if text.isdecimal() and len(text) < 10 and 1 <= int(text) <= MAX_THREADS:
             return int(text)
         if text and name == "MIXBITS_THREADS":
-            raise SpecError(f"MIXBITS_THREADS is {text!r}; expected a whole number of threads from 1")
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+            raise SpecError(
+                f"MIXBITS_THREADS is {text[:100]!r}; expected a whole number of threads, 1 to {MAX_THREADS}"
+            )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_THREADS)
 
 
 @functools.cache
@@ -211,9 +213,9 @@ def num_threads() -> int:
 
 
 def set_num_threads(count: int) -> None:
-    """Raises SpecError unless ``count`` is from 1 to 1024."""
-    if not 1 <= count <= 1024:
-        raise SpecError(f"threads is {count}; expected 1 to 1024")
+    """For the whole process. Raises SpecError unless ``count`` is from 1 to 1024."""
+    if not 1 <= count <= MAX_THREADS:
+        raise SpecError(f"threads is {count}; expected 1 to {MAX_THREADS}")
     library().mb_set_num_threads(count)
 
 
@@ -273,21 +275,29 @@ class PackedMatrix:
 def repack(codes: torch.Tensor, scale: torch.Tensor | None, spec: QuantSpec, rows: int, cols: int) -> PackedMatrix:
     """From the file's codes (1-D uint8; 16 bits: float16 (rows, cols)) and compact scale, (rows, 1), (rows, groups) or (1, 1).
 
-    Raises SpecError for product units and shapes the library refuses, KernelUnavailable without library.
+    Raises SpecError for product units, tensors that do not fit and shapes the library refuses, KernelUnavailable without library.
     """
     lib, layout = library(), Layout.of(spec)
     where = f"({rows}, {cols}) of {spec}"
     size = lib.mb_packed_bytes(rows, cols, layout.group, layout.bits)
     if size < 0:
         raise SpecError(f"{where}: {lib.mb_error_text(1).decode()}")
+    wanted = torch.uint8 if spec.is_quantized else torch.float16
+    if codes.dtype != wanted or codes.device.type != "cpu":
+        raise SpecError(f"{where}: codes are {codes.dtype} on {codes.device}; expected {wanted} on the CPU")
     codes = codes.contiguous()
     packed = torch.empty(size, dtype=torch.uint8)
     num_bytes = codes.numel() * codes.element_size()
     check(lib.mb_repack(codes.data_ptr(), num_bytes, rows, cols, layout.group, layout.bits, layout.ternary, packed.data_ptr()), where)  # fmt: skip
-    if scale is None:
+    if not spec.is_quantized:
         return PackedMatrix(packed, torch.empty(0), rows, cols, layout)
+    groups = spec.num_groups(cols)
+    expected = (1, 1) if spec.granularity == "tensor" else (rows, groups)
+    if scale is None or tuple(scale.shape) != expected:
+        shape = None if scale is None else tuple(scale.shape)
+        raise SpecError(f"{where}: scales have shape {shape}; expected {expected}")
     scale = scale.to(torch.float32).contiguous()
     scales = torch.empty(lib.mb_num_scales(rows, cols, layout.group))
-    per_row = 0 if scale.shape[0] == 1 and rows != 1 else scale.shape[1]
+    per_row = 0 if spec.granularity == "tensor" else groups
     check(lib.mb_repack_scales(scale.data_ptr(), per_row, layout.factor, rows, cols, layout.group, scales.data_ptr()), where)  # fmt: skip
     return PackedMatrix(packed, scales, rows, cols, layout)

@@ -87,6 +87,9 @@ def _log_softmax_at(
     off: int, bias: torch.Tensor | None, offsets: torch.Tensor, targets: torch.Tensor, activations: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     flat, (kept, address) = _rows_of(x, cols), _bias(bias, rows)
+    for name, numbers in (("offsets", offsets), ("targets", targets)):
+        if numbers.is_floating_point():
+            raise SpecError(f"{name} are {numbers.dtype}; expected whole numbers")
     offsets, targets = offsets.to(torch.int64).contiguous(), targets.to(torch.int64).contiguous()
     if tuple(offsets.shape) != (len(flat) + 1,) or targets.dim() != 1 or int(offsets[-1]) != len(targets):
         raise SpecError(

@@ -11,6 +11,7 @@
 #include <new>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -210,9 +211,9 @@ struct Target {
   float* y;
 };
 
-// y = x W^T + bias for up to three matrices of the same input; `after` sees each finished part of the rows of the first one.
+// y = x W^T + bias for up to three matrices of the same input; `after` sees each finished part: number of the matrix, from row, to row.
 template <class After>
-void share(const Kernels& k, int activations, const float* x, int64_t n, Quantized& held, const Target* targets, int count, After&& after) {
+void share(const Kernels& k, int activations, const float* x, int64_t n, Quantized& held, const Target* targets, int count, After&& after, int number = 0) {
   int64_t blocks = 0;
   bool alike = true;
   for (int i = 0; i < count; ++i) {
@@ -220,7 +221,7 @@ void share(const Kernels& k, int activations, const float* x, int64_t n, Quantiz
     alike = alike && (in_float(*targets[i].w, activations) || cut_of(*targets[i].w) == cut_of(*targets[0].w)) && in_float(*targets[i].w, activations) == in_float(*targets[0].w, activations);
   }
   if (!alike) {
-    for (int i = 0; i < count; ++i) share(k, activations, x, n, held, targets + i, 1, after);
+    for (int i = 0; i < count; ++i) share(k, activations, x, n, held, targets + i, 1, after, i);
     return;
   }
   Rows8 rows{};
@@ -234,7 +235,7 @@ void share(const Kernels& k, int activations, const float* x, int64_t n, Quantiz
       if (from < to) {
         if (in_float(w, activations)) k.gemm_float(w, x, w.cols, 0, n, from, to, targets[i].bias, targets[i].y, w.rows);
         else k.gemm_int8(w, rows, 0, n, from, to, targets[i].bias, targets[i].y, w.rows);
-        after(i, from * kBlockRows, std::min(w.rows, to * kBlockRows));
+        after(number + i, from * kBlockRows, std::min(w.rows, to * kBlockRows));
       }
       b0 -= own;
       b1 -= own;
@@ -361,6 +362,8 @@ struct mb_state {
   int64_t streams;
   std::vector<float> keys, values, x, queries;
   std::vector<int32_t> rows, lengths, place, positions, length;  // rows: (streams, context) row numbers of the caches
+  std::vector<int64_t> seen;  // (streams,): the last call that named a stream
+  int64_t calls = 0;
   std::vector<const int32_t*> context;
   FewRows few;
 };
@@ -516,6 +519,7 @@ mb_state* mb_state_new(const mb_model* model, int32_t activations, int64_t strea
     s->rows.resize(static_cast<size_t>(rows));
     std::iota(s->rows.begin(), s->rows.end(), 0);
     s->lengths.assign(static_cast<size_t>(streams), 0);
+    s->seen.assign(static_cast<size_t>(streams), 0);
     s->x.resize(static_cast<size_t>(streams * m.hidden));
     s->queries.resize(static_cast<size_t>(streams * query_width(m)));
     s->place.resize(static_cast<size_t>(streams));
@@ -550,9 +554,10 @@ int32_t mb_step(mb_state* state, const int64_t* streams, const int64_t* tokens, 
   mb_state& s = *state;
   const mb_model& m = s.model;
   if (n < 0 || n > s.streams) return MB_BAD_SHAPE;
+  ++s.calls;
   for (int64_t i = 0; i < n; ++i) {
     if (streams[i] < 0 || streams[i] >= s.streams) return MB_BAD_SHAPE;
-    for (int64_t j = 0; j < i; ++j) if (streams[j] == streams[i]) return MB_BAD_SHAPE;
+    if (std::exchange(s.seen[static_cast<size_t>(streams[i])], s.calls) == s.calls) return MB_BAD_SHAPE;
     if (tokens[i] < 0 || tokens[i] >= m.embedding.rows) return MB_BAD_TOKEN;
     if (s.lengths[static_cast<size_t>(streams[i])] >= m.context) return MB_TOO_LONG;
   }

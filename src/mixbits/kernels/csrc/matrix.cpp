@@ -26,7 +26,7 @@ bool runs_here(const char* name) {
     return false;
 #endif
   }
-  if (!std::strcmp(name, "avx512-vnni")) return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (!std::strcmp(name, "avx512-vnni")) return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
   return !std::strcmp(name, "scalar") || !std::strcmp(name, "neon-dot");  // NEON: compiled only where the target has it
 }
@@ -84,7 +84,7 @@ int32_t check_matrix(const mb_matrix& w) {
   if (w.bits != 1 && w.bits != 2 && w.bits != 3 && w.bits != 4 && w.bits != 8 && w.bits != 16) return MB_BAD_BITS;
   if (w.bits != 16 && !w.scales) return MB_BAD_POINTER;
   if (mb_packed_bytes(w.rows, w.cols, w.group, w.bits) < 0) return MB_BAD_SHAPE;
-  if (w.mul < 1 || w.mul > 2 || w.off < 0 || w.off > 255 || (w.mul == 2 && w.bits > 4)) return MB_BAD_BITS;
+  if (w.mul < 1 || w.mul > 2 || w.off < 0 || w.off > 255 || (w.mul == 2 && w.bits > 4) || (w.bits == 8 && w.off != 127)) return MB_BAD_BITS;
   return MB_OK;
 }
 
@@ -158,6 +158,7 @@ int32_t mb_repack(const uint8_t* codes, int64_t num_bytes, int64_t rows, int64_t
   const Cut cut(cols, group, bits);
   const int64_t bytes = block_bytes(cut, bits);
   static const uint8_t powers[5] = {1, 3, 9, 27, 81};
+  if (bits == 8 && std::memchr(codes, 255, static_cast<size_t>(num_bytes))) return MB_BAD_BITS;  // 8 bits have 255 levels
   parallel_for(num_blocks(rows), [&](int64_t b) {
     uint8_t* out = packed + b * bytes;
     std::memset(out, bits == 8 ? 128 : 0, static_cast<size_t>(bytes));  // padding: 8-bit codes stand there shifted by one
@@ -262,6 +263,7 @@ int32_t mb_linear(const mb_matrix* w, int32_t activations, const float* x, int64
 int32_t mb_embedding(const mb_matrix* w, const int64_t* ids, int64_t n, float* y) {
   if (!w || (n > 0 && (!ids || !y))) return MB_BAD_POINTER;
   if (const int32_t error = check_matrix(*w)) return error;
+  if (n < 0) return MB_BAD_SHAPE;
   for (int64_t i = 0; i < n; ++i) if (ids[i] < 0 || ids[i] >= w->rows) return MB_BAD_TOKEN;
   const Kernels& k = kernels();
   const int64_t part = 16;
@@ -276,8 +278,8 @@ int32_t mb_log_softmax_at(const mb_matrix* w, int32_t activations, const float* 
   if (const int32_t error = check_matrix(*w)) return error;
   if (m < 0 || (activations != MB_INT8 && activations != MB_FLOAT32)) return MB_BAD_SHAPE;
   if (offsets[0] != 0) return MB_BAD_SIZE;
+  for (int64_t i = 0; i < m; ++i) if (offsets[i + 1] < offsets[i]) return MB_BAD_SIZE;  // before any target is read
   for (int64_t i = 0; i < m; ++i) {
-    if (offsets[i + 1] < offsets[i]) return MB_BAD_SIZE;
     for (int64_t t = offsets[i]; t < offsets[i + 1]; ++t)
       if (!targets || !out || targets[t] < 0 || targets[t] >= w->rows || (t > offsets[i] && targets[t] < targets[t - 1])) return MB_BAD_TOKEN;
   }

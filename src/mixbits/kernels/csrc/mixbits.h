@@ -3,7 +3,8 @@
  *
  * A matrix (rows = outputs, cols = inputs) is held in the run-time layout that mb_repack writes from the codes of the file:
  * blocks of 64 rows; within a block, group after group of columns, each padded to whole chunks; a chunk is 64 rows x
- * mb_chunk_cols(bits) columns. The weight is (mul * code - off) * scale. */
+ * chunk_cols(bits) columns (layout.h). The weight is (mul * code - off) * scale; 8-bit codes have mul 1, off 127 and stand there
+ * plus one, so that padding is zero whatever the sign. */
 #ifndef MIXBITS_H
 #define MIXBITS_H
 #include <stddef.h>

@@ -3,9 +3,9 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 #if !defined(_WIN32)
@@ -36,7 +36,7 @@ struct Pool {
   std::atomic<uint64_t> ticket{0};  // job number (24 bits) | chunks (20) | next (20)
   std::atomic<int64_t> done{0};
   std::atomic<int> sleeping{0};
-  std::atomic<bool> stop{false};
+  std::atomic<bool> stop{false}, failed{false};
   ChunkFunction function = nullptr;
   void* context = nullptr;
   uint64_t number = 0;
@@ -53,7 +53,11 @@ struct Pool {
       const uint64_t next = t & 0xfffff, chunks = t >> 20 & 0xfffff;
       if (next >= chunks) return false;
       if (ticket.compare_exchange_weak(t, t + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
-        function(context, static_cast<int64_t>(next));
+        try {
+          function(context, static_cast<int64_t>(next));
+        } catch (...) {  // out of memory: the others finish their chunks, then the caller is told
+          failed.store(true, std::memory_order_relaxed);
+        }
         done.fetch_add(1, std::memory_order_release);
         return true;
       }
@@ -93,7 +97,7 @@ struct Pool {
     stop = false;
     try {
       for (int i = 1; i < count; ++i) helpers.emplace_back([this] { help(); });
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
     }  // fewer threads than asked for: the caller does the rest
   }
 
@@ -101,6 +105,7 @@ struct Pool {
     function = f;
     context = c;
     done.store(0, std::memory_order_relaxed);
+    failed.store(false, std::memory_order_relaxed);
     ticket.store(pack(++number, static_cast<uint64_t>(chunks), 0));
     if (sleeping.load() > 0) {
       { std::lock_guard<std::mutex> lock(mutex); }
@@ -115,48 +120,49 @@ struct Pool {
       ++turns;
 #endif
     }
+    if (failed.load(std::memory_order_relaxed)) throw std::bad_alloc();
   }
 };
 
 std::mutex owner;  // one job at a time; a second caller works alone
 Pool* pool = nullptr;
-int wanted = 1;
+std::atomic<int> wanted{1};
 int started = 1;
 
+#if !defined(_WIN32)
 // After fork() the helpers do not exist in the child: it starts with a fresh pool (the old one cannot be taken apart).
 void forget_pool() {
   pool = nullptr;
   started = 1;
   new (&owner) std::mutex;
 }
+const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+#endif
+
+// The pool with `count` threads, or null if there is no memory for one. The caller holds `owner`.
+Pool* pool_of(int count) {
+  if (!pool) pool = new (std::nothrow) Pool;  // lives until the process ends: helpers may be asleep in it
+  if (pool && started != count) {
+    pool->resize(count);
+    started = count;
+  }
+  return pool;
+}
 
 }  // namespace
 
-int num_threads() { return wanted; }
+int num_threads() { return wanted.load(std::memory_order_relaxed); }
 
-void set_num_threads(int count) {
-  std::lock_guard<std::mutex> lock(owner);
-  wanted = count < 1 ? 1 : count;
-}
+void set_num_threads(int count) { wanted.store(count < 1 ? 1 : count, std::memory_order_relaxed); }
 
 void run_chunks(ChunkFunction function, void* context, int64_t num_chunks) {
-  std::unique_lock<std::mutex> lock(owner, std::try_to_lock);
-  if (num_chunks < 2 || num_chunks > kMaxChunks || !lock.owns_lock() || wanted < 2) {
-    for (int64_t i = 0; i < num_chunks; ++i) function(context, i);
-    return;
+  const int count = num_threads();
+  if (count > 1 && num_chunks > 1 && num_chunks <= kMaxChunks) {
+    std::unique_lock<std::mutex> lock(owner, std::try_to_lock);
+    Pool* const helped = lock.owns_lock() ? pool_of(count) : nullptr;
+    if (helped) return helped->run(function, context, num_chunks);
   }
-  if (!pool) {
-#if !defined(_WIN32)
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
-    (void)registered;
-#endif
-    pool = new Pool;  // lives until the process ends: helpers may be asleep in it
-  }
-  if (started != wanted) {
-    pool->resize(wanted);
-    started = wanted;
-  }
-  pool->run(function, context, num_chunks);
+  for (int64_t i = 0; i < num_chunks; ++i) function(context, i);
 }
 
 }  // namespace mb
