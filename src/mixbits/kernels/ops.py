@@ -62,8 +62,8 @@ def _linear(
     off: int, bias: torch.Tensor | None, activations: int,
 ) -> torch.Tensor:  # fmt: skip
     flat, (kept, address) = _rows_of(x, cols), _bias(bias, rows)
-    out = torch.empty(len(flat), rows)
     matrix = _struct(packed, scales, rows, cols, group, bits, mul, off)
+    out = torch.empty(len(flat), rows)
     error = cpu.library().mb_linear(
         ctypes.byref(matrix), activations, flat.data_ptr(), len(flat), address, out.data_ptr()
     )
@@ -76,8 +76,8 @@ def _embedding(ids: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, ro
     if ids.is_floating_point():
         raise SpecError(f"ids are {ids.dtype}; expected whole numbers")
     flat = ids.reshape(-1).to(torch.int64).contiguous()
-    out = torch.empty(len(flat), cols)
     matrix = _struct(packed, scales, rows, cols, group, bits, mul, off)
+    out = torch.empty(len(flat), cols)
     cpu.check(cpu.library().mb_embedding(ctypes.byref(matrix), flat.data_ptr(), len(flat), out.data_ptr()), "mixbits::embedding")  # fmt: skip
     return out.view(*ids.shape, cols)
 
@@ -96,8 +96,8 @@ def _log_softmax_at(
             f"offsets have shape {tuple(offsets.shape)} and targets {tuple(targets.shape)}; expected ({len(flat) + 1},), the last "
             "one the number of targets"
         )
-    out, partition = torch.empty(len(targets)), torch.empty(len(flat))
     matrix = _struct(packed, scales, rows, cols, group, bits, mul, off)
+    out, partition = torch.empty(len(targets)), torch.empty(len(flat))
     error = cpu.library().mb_log_softmax_at(
         ctypes.byref(matrix), activations, flat.data_ptr(), len(flat), address, offsets.data_ptr(), targets.data_ptr(),
         out.data_ptr(), partition.data_ptr(),
