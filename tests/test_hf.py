@@ -236,6 +236,68 @@ def test_save_pretrained_round_trip(name, tmp_path):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "c/model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["opt-pre", "gpt2"])
+def test_shards_load_and_are_saved(name, tmp_path):
+    model = build(name)
+    fake, saved = fake_and_packed(model, mixed(model), tmp_path / "a", max_shard_bytes=3000)
+    assert saved.file_bytes == sum(p.stat().st_size for p in (tmp_path / "a").glob("model-*.safetensors"))
+    for load in (mixbits.load, AutoModelForCausalLM.from_pretrained):
+        packed = load(tmp_path / "a")
+        assert torch.equal(logits(packed), logits(fake))
+    packed.save_pretrained(tmp_path / "b", max_shard_size="3KB")
+    names = sorted(os.listdir(tmp_path / "a" / ""))
+    for file in sorted(os.listdir(tmp_path / "b")):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    assert set(names) - set(os.listdir(tmp_path / "b")) == {"README.md"}
+    packed.save_pretrained(tmp_path / "b")  # over the files its own tensors are mapped from, in another split
+    assert torch.equal(logits(packed), logits(fake))
+    assert [p.name for p in (tmp_path / "b").glob("model*")] == ["model.safetensors"]
+    quantization = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
+    size = os.path.getsize(tmp_path / "b/model.safetensors")
+    assert quantization["file_bytes"] == size < saved.file_bytes
+    assert quantization["compression_ratio"] == round(4 * quantization["num_parameters"] / size, 4)
+    assert quantization["bits_per_weight"] == round(8 * size / quantization["num_parameters"], 4)
+    assert torch.equal(logits(mixbits.load(tmp_path / "b")), logits(fake))
+    for bad in ("5 bananas", "0", -1):
+        with pytest.raises(SpecError, match="max_shard"):
+            packed.save_pretrained(tmp_path / "c", max_shard_size=bad)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    fake_and_packed(model := build("opt-pre"), mixed(model), tmp_path / "a", max_shard_bytes=3000)
+    gone = sorted((tmp_path / "a").glob("model-*.safetensors"))[2]
+    gone.unlink()
+    with pytest.raises(DataError, match="no such file"):
+        mixbits.load(tmp_path / "a")
+
+
+def test_packed_weights_stay_in_the_memory_map(small):
+    """Nothing is copied on loading: the codes' memory belongs to a mapping of the weight file."""
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("the test reads Linux's list of mappings")
+    packed = mixbits.load(small[0])
+    address = packed.model.decoder.embed_tokens.weight.data_ptr()
+    with open("/proc/self/maps") as maps:
+        ranges = [line.split() for line in maps if "model.safetensors" in line]
+    assert any(int(r[0].split("-")[0], 16) <= address < int(r[0].split("-")[1], 16) for r in ranges)
+
+
+def test_check_model_builds_without_weights(small):
+    from mixbits.hf import check_model
+    from mixbits.packing.verify import verify_packed
+
+    directory, _ = small
+    assert check_model(directory, *verify_packed(directory)) == "OPTForCausalLM"
+    _edit_config(directory, lambda q: q["units"][EMBED].update(tied=["lm_haed"]))
+    with pytest.raises(FormatError, match="'lm_haed' is not a Linear"):
+        check_model(directory, *verify_packed(directory))
+    config = json.loads((directory / "config.json").read_text())
+    for change in ({"num_attention_heads": 0}, {"model_type": "nothing"}, {"hidden_size": "wide"}):
+        (directory / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(FormatError, match=r"config\.json: transformers cannot build"):
+            check_model(directory, *verify_packed(directory))
+
+
 def test_save_pretrained_of_a_bfloat16_model(tmp_path):
     model = build("qwen3")
     fake_and_packed(model, mixed(model), tmp_path / "a")

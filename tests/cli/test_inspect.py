@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,6 +39,8 @@ def test_json(model_dir, capsys):
     assert main(["inspect", str(directory), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["file_bytes"] == os.path.getsize(directory / "model.safetensors")
+    assert (info["format_version"], info["has_checksums"]) == (2, True)
+    assert info["files"] == [{"name": "model.safetensors", "num_bytes": info["file_bytes"]}]
     assert info["num_parameters"] == inventory.num_parameters
     assert info["compression_ratio"] == inventory.full_bytes / info["file_bytes"]
     assert [u["name"] for u in info["units"]] == [u.name for u in inventory.units]  # the model's own order
@@ -47,17 +50,28 @@ def test_json(model_dir, capsys):
         assert row["num_bytes"] == spec.unit_bytes(unit.rows, unit.cols)
         assert row["bits_per_weight"] == 8 * row["num_bytes"] / unit.num_weights
         if spec.is_quantized:
+            shares = np.bincount(weights[unit.name].codes.flatten().numpy()) / unit.num_weights
+            shares = shares[shares > 0]
+            assert row["code_entropy"] == pytest.approx(-(shares * np.log2(shares)).sum(), rel=1e-12)
+            assert row["code_entropy"] <= row["bits_per_code"] == (1.6 if spec.bit_width == 1.58 else spec.bit_width)
             scales = weights[unit.name].scales.double()
             assert row["scale_min"] == scales.min().item()
             assert row["scale_mean"] == pytest.approx(scales.mean().item(), rel=1e-12)
             assert row["scale_max"] == scales.max().item()
         else:
             assert row["scale_mean"] is None
+            assert row["code_entropy"] is None
     total = (
         sum(r["num_bytes"] for r in info["units"]) + sum(r["num_bytes"] for r in info["others"]) + info["header_bytes"]
     )
     assert total == info["file_bytes"]
     assert {r["name"] for r in info["others"]} == {name for name, _ in inventory.others}
+
+
+def test_a_weight_file_stands_for_its_folder(model_dir, capsys):
+    directory, *_ = model_dir
+    assert main(["inspect", str(directory / "model.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["directory"] == str(directory)
 
 
 @pytest.mark.parametrize("columns", ["80", "200"])

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixbits.errors import FormatError, SpecError
-from mixbits.packing.bitpack import check_codes, gather_codes, pack_codes, unpack_codes
+from mixbits.packing import bitpack
+from mixbits.packing.bitpack import check_codes, code_histogram, gather_codes, pack_codes, unpack_codes
 from mixbits.spec import QuantSpec
 
 WIDTHS = (1, 1.58, 2, 3, 4, 8)
@@ -153,6 +154,33 @@ def test_packing_refuses_what_does_not_fit():
         pack_codes(torch.tensor([1], dtype=torch.uint8), 5)
     with pytest.raises(SpecError, match="must agree"):
         unpack_codes(torch.zeros(1, dtype=torch.uint8), 2, 4, spec=QuantSpec(4))
+
+
+@pytest.mark.parametrize("width", [3, 4, 8])
+def test_the_unused_code_is_found_wherever_it_stands(width):
+    """Against unpacking, in streams longer than a chunk; runs of bits across codes must not be taken for one."""
+    spec, top = QuantSpec(width), 2 ** int(width) - 1
+    generator = torch.Generator().manual_seed(0)
+    for count in (*range(1, 200), 8 * bitpack._CHUNK_BYTES // width + 77):
+        codes = torch.randint(0, top, (count,), generator=generator).to(torch.uint8)
+        codes[::2] = top - 1  # many set bits
+        check_codes(pack_codes(codes, width), spec, count)
+        for at in [*torch.randint(0, count, (3,), generator=generator).tolist(), 0, count - 1]:
+            spoiled = codes.clone()
+            spoiled[at] = top
+            with pytest.raises(FormatError, match=f"code {top} is out of range"):
+                check_codes(pack_codes(spoiled, width), spec, count)
+
+
+@pytest.mark.parametrize("spec", [*ALL_SPECS, QuantSpec(0.5)], ids=str)
+def test_histogram_counts_every_code(spec):
+    group = 3 * bitpack._CHUNK_BYTES
+    for count in (1, 2, 5, 8, 77, group + 3):
+        codes = (
+            _random_codes((count,), spec) if not spec.is_product else torch.randint(0, 256, (count,)).to(torch.uint8)
+        )
+        found = code_histogram(pack_codes(codes, spec.code_bits).numpy(), spec, count)
+        assert found.tolist() == torch.bincount(codes, minlength=spec.num_levels).tolist()
 
 
 def test_large_unit_is_checked_in_chunks():

@@ -243,6 +243,108 @@ def test_missing_files(tmp_path, packed):
         verify_packed(packed)
 
 
+# --- checksums
+
+
+def _config(packed, change):
+    path = packed / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def test_every_flipped_bit_of_the_tensors_is_found(packed):
+    """CRC-32 finds every single flipped bit for certain; a few of each byte are tried."""
+    whole = (packed / FILE).read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    parsed = read_weight_file(packed / FILE)
+    rng = random.Random(0)
+    for at in range(8 + length, len(whole), 3):
+        data = bytearray(whole)
+        data[at] ^= 1 << rng.randrange(8)
+        (packed / FILE).write_bytes(data)
+        name = max((o, n) for n, o in parsed.offsets.items() if o <= at)[1]
+        with pytest.raises(FormatError, match=rf"tensor '{name}': .*damaged"):
+            verify_packed(packed)
+
+
+def test_bits_that_no_other_check_finds(packed):
+    """A bias, a scale and a valid code changed: only the checksum tells, and it says what it found."""
+    for name in (f"{FC2}.bias", f"{EMBED}.scales"):
+        original = (packed / FILE).read_bytes()
+        _rewrite(packed, _on(name, _set(1, 0.5)))
+        with pytest.raises(
+            FormatError, match=rf"{name}': its checksum is [0-9a-f]{{8}}, quantization_config\.checksums says"
+        ):
+            verify_packed(packed)
+        _config(packed, lambda q: q.update(format_version=1))
+        verify_packed(packed)  # version 1 had none
+        _config(packed, lambda q: q.update(format_version=2))
+        (packed / FILE).write_bytes(original)
+    verify_packed(packed)
+
+
+def test_weights_of_another_model_of_the_same_shape(job, packed, tmp_path):
+    job.weights[FC2].codes.fill_(0)
+    job.save(tmp_path / "other")
+    (packed / FILE).write_bytes((tmp_path / "other" / FILE).read_bytes())
+    with pytest.raises(FormatError, match=r"fc2\.weight': its checksum is"):
+        verify_packed(packed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.pop("checksums"), "checksums is missing"),
+        (lambda q: q.update(checksums=[]), "checksums is missing"),
+        (
+            lambda q: q["checksums"].update({f"{EMBED}.weight": "0" * 7}),
+            "embed_tokens.weight'. is '0000000'; expected a CRC-32",
+        ),
+        (lambda q: q["checksums"].update({f"{EMBED}.weight": 5}), "is 5; expected"),
+        (lambda q: q["checksums"].update({f"{EMBED}.weight": "0000000G"}), "is '0000000G'; expected"),
+        (lambda q: q["checksums"].update({f"{EMBED}.weight": "00000000"}), "says 00000000: damaged"),
+        (lambda q: q["checksums"].pop(f"{FC2}.bias"), r"fc2\.bias' has no checksum"),
+        (
+            lambda q: q["checksums"].update(ghost="00000000"),
+            "'ghost' is missing; quantization_config.checksums promises",
+        ),
+        (lambda q: q.pop("byte_order"), "byte_order is None"),
+        (lambda q: q.update(byte_order="big"), "byte_order is 'big'"),
+        (lambda q: q.update(archive="lzma"), "archive is 'lzma'; this mixbits reads 'gzip'"),
+        (lambda q: q.update(archive=None), "archive is None"),
+        (lambda q: q.update(format_version=3), "format_version is 3; this mixbits reads 1 to 2"),
+        (lambda q: q.update(format_version=True), "format_version is True"),
+        (lambda q: q.update(format_version=2.0), "format_version is 2.0"),
+        (lambda q: q["units"][EMBED].update(tied=["model.decoder.final_layer_norm"]), "is stored, but .* ties it to"),
+    ],
+)
+def test_damaged_checksums_and_fields(change, message, packed):
+    _config(packed, change)
+    with pytest.raises(FormatError, match=message):
+        verify_packed(packed)
+
+
+def test_large_files_are_checked_in_parallel(tmp_path, monkeypatch):
+    """Above a size several threads check; the error is still that of the first damaged tensor in file order."""
+    monkeypatch.setattr("mixbits.packing.verify._SMALL_BYTES", 0)
+    monkeypatch.setattr("mixbits.packing.verify.os.cpu_count", lambda: 3)
+    stored = [StoredTensor(f"u{i}.weight", "U8", (5000,)) for i in range(20)]
+    scales = [StoredTensor(f"u{i}.scales", "F16", (1,)) for i in range(20)]
+    tensors = {t.name: torch.full(t.shape, i % 3, dtype=torch.uint8) for i, t in enumerate(stored)}
+    tensors |= {t.name: torch.ones(1, dtype=torch.float16) for t in scales}
+    write_weight_file(tmp_path / FILE, [*scales, *stored], tensors)
+    unit = {"spec": "8-papers-tensor", "rows": 50, "cols": 100, "kind": "linear"}
+    config = {"quant_method": "mixbits", "format_version": 1, "units": {f"u{i}": unit for i in range(20)}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    verify_packed(tmp_path)
+    for name in ("u17.weight", "u9.weight"):
+        tensors[name][77] = 255
+        write_weight_file(tmp_path / FILE, [*scales, *stored], tensors)
+        with pytest.raises(FormatError, match=rf"tensor '{name}': code 255"):
+            verify_packed(tmp_path)
+
+
 def test_mutated_files_raise_mixbits_errors_only(packed):
     """Random bytes changed, removed or inserted, mostly in the header: accepted or refused, never another exception."""
     whole = (packed / FILE).read_bytes()

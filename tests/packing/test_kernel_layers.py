@@ -1,0 +1,142 @@
+"""Drop-in layers on the compiled kernels against the packed layers in PyTorch, for each family and kind of layer."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from mixbits.errors import SpecError
+from mixbits.hf import load
+from mixbits.kernels import cpu
+from mixbits.packing.checkpoint import save_packed
+from mixbits.packing.kernel_layers import KernelEmbedding, KernelLayer, KernelLinear, KernelOPTPositions, use_kernels
+from mixbits.packing.modules import PackedUnit
+from mixbits.quant.grid import quantize_weight
+from mixbits.quant.units import find_units, unit_matrices
+from mixbits.spec import BitAllocation, QuantSpec
+
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the compiled kernels are not built")
+
+FLOAT_TOLERANCE = 2e-5  # float32 sums in another order
+INT8_TOLERANCE = 0.03  # of the logits' range: activations rounded to 1/127 of the largest in each of a few layers
+IDS = torch.tensor([[2, 5, 7, 1, 9], [3, 3, 0, 8, 4]])
+
+
+def saved(model, folder, specs=("2", "4-g8", "1.58", "8-row-s8", "3")):
+    inventory = find_units(model)
+    chosen = {u.name: QuantSpec.parse(specs[i % len(specs)]) for i, u in enumerate(inventory.units)}
+    matrices = unit_matrices(model, inventory)
+    weights = {name: quantize_weight(matrices[name], spec) for name, spec in chosen.items()}
+    save_packed(model, inventory, BitAllocation(chosen), weights, folder)
+    return folder
+
+
+def gpt2():
+    torch.manual_seed(3)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=23, n_positions=12, n_embd=16, n_layer=2, n_head=2)).eval()
+
+
+def llama():
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=23, max_position_embeddings=12, **sizes)).eval()
+
+
+@pytest.fixture(params=["opt", "gpt2", "llama"])
+def directory(request, tmp_path):
+    if request.param == "opt":
+        request.getfixturevalue("job").save(tmp_path / "model")
+        return tmp_path / "model"
+    return saved(gpt2() if request.param == "gpt2" else llama(), tmp_path / "model")
+
+
+def test_same_logits_as_pytorch(directory):
+    with torch.no_grad():
+        expected = load(directory)(IDS).logits
+        exact = load(directory, kernels="float32")(IDS).logits
+        rounded = load(directory, kernels="int8")(IDS).logits
+    assert (exact - expected).abs().max() < FLOAT_TOLERANCE * expected.abs().max()
+    assert 0 < (rounded - expected).abs().max() < INT8_TOLERANCE * (expected.max() - expected.min())
+
+
+def test_every_packed_layer_is_replaced_and_ties_share(packed):
+    before, model = load(packed), load(packed, kernels="int8")
+    assert not any(isinstance(m, PackedUnit) for m in model.modules())
+    num_layers = sum(isinstance(m, KernelLayer) for m in model.modules())
+    assert num_layers == sum(isinstance(m, PackedUnit) for m in before.modules())
+    decoder = model.model.decoder
+    assert type(decoder.embed_positions) is KernelOPTPositions
+    assert type(decoder.embed_tokens) is KernelEmbedding
+    assert type(model.lm_head) is KernelLinear
+    assert model.lm_head.matrix.packed.data_ptr() == decoder.embed_tokens.matrix.packed.data_ptr()
+
+
+def test_generation_with_a_cache_is_that_of_pytorch(packed):
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = load(packed).generate(IDS[:1], **options)
+    assert load(packed, kernels="float32").generate(IDS[:1], **options).equal(expected)
+
+
+def test_bfloat16_activations_stay_bfloat16(packed):
+    model = load(packed, dtype=torch.bfloat16, kernels="int8")
+    with torch.no_grad():
+        logits = model(IDS).logits
+    assert logits.dtype == torch.bfloat16
+    assert bool(torch.isfinite(logits).all())
+
+
+def test_product_units_stay_in_pytorch(tmp_path):
+    directory = saved(llama(), tmp_path / "model", ("1-product-v8", "2"))
+    model = load(directory, kernels="float32")
+    kinds = {type(m).__name__ for m in model.modules() if isinstance(m, (PackedUnit, KernelLayer))}
+    assert {"KernelLinear", "PackedEmbedding"} <= kinds
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, load(directory)(IDS).logits, atol=1e-4)
+
+
+def test_parameters_are_frozen_so_that_no_grad_is_not_needed(packed):
+    assert not load(packed, kernels="int8")(IDS).logits.requires_grad
+
+
+def test_a_model_with_kernels_cannot_be_saved_or_moved(packed, tmp_path):
+    model = load(packed, kernels="int8")
+    with pytest.raises(SpecError, match="cannot be saved"):
+        model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "model.safetensors").exists()
+    with pytest.raises(SpecError, match="run on the CPU only"):
+        copy.deepcopy(model)._apply(lambda t: t.to("meta")).to_empty(device="meta")._apply(_to_fake_gpu)
+
+
+def _to_fake_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    class Elsewhere(torch.Tensor):
+        @property
+        def device(self) -> torch.device:
+            return torch.device("cuda")
+
+    return tensor.as_subclass(Elsewhere)
+
+
+def test_unknown_activations_are_refused(packed):
+    with pytest.raises(SpecError, match="int8 or float32"):
+        load(packed, kernels="int4")
+    with pytest.raises(SpecError, match="int8 or float32"):
+        use_kernels(load(packed), "fast")  # type: ignore[arg-type]
+
+
+def test_without_the_library_pytorch_does_it_and_says_so_once(packed):
+    code = (
+        "import sys, warnings, torch\n"
+        "from mixbits.hf import load\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    models = [load(sys.argv[1], kernels='int8') for _ in range(2)]\n"
+        "print(type(models[0].lm_head).__name__, sum('compiled kernels' in str(w.message) for w in seen))\n"
+    )
+    import os
+
+    environment = {**os.environ, "MIXBITS_LIBRARY": str(packed / "none.so")}
+    done = subprocess.run([sys.executable, "-c", code, str(packed)], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["PackedLinear", "1"], done.stderr
