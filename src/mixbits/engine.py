@@ -14,9 +14,8 @@ Oracle: the Hugging Face model of the same directory (tests). Limits: `OPTForCau
 from __future__ import annotations
 
 import ctypes
-import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,44 +23,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from mixbits.errors import DataError, FormatError, KernelUnavailable, SpecError
+from mixbits.engine_model import build_model, read_model, unsupported
+from mixbits.errors import DataError, KernelUnavailable, SpecError
 from mixbits.kernels import cpu
-from mixbits.kernels.cpu import Activations, LayerStruct, MatrixStruct, ModelStruct, PackedMatrix
-from mixbits.packing.verify import read_quantization_config, read_units, verify_packed
-from mixbits.scales import compact_scale, join_scale
-from mixbits.spec import QuantSpec
+from mixbits.kernels.cpu import Activations
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-_ACTIVATION_NUMBERS = {
-    "relu": 0,
-    "gelu": 1,
-    "gelu_new": 2,
-    "gelu_pytorch_tanh": 2,
-    "gelu_fast": 2,
-    "silu": 3,
-    "swish": 3,
-}
-_FAMILIES = {"opt": "OPTForCausalLM", "llama": "LlamaForCausalLM"}
-_MAX_ROWS = 512
-_OPT_OFFSET = 2
-_NAMES = {
-    "opt": {
-        "embedding": "model.decoder.embed_tokens", "positions": "model.decoder.embed_positions",
-        "final": "model.decoder.final_layer_norm", "layers": "model.decoder.layers",
-        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj",
-        "up": "fc1", "down": "fc2", "norm1": "self_attn_layer_norm", "norm2": "final_layer_norm",
-    },
-    "llama": {
-        "embedding": "model.embed_tokens", "final": "model.norm", "layers": "model.layers",
-        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-        "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-        "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
-    },
-}  # fmt: skip
+_MAX_ROWS, _MAX_STREAMS = 512, 1 << 20
 
 
 class Forest(Protocol):
@@ -71,178 +42,6 @@ class Forest(Protocol):
     def tokens(self) -> IntArray: ...
     @property
     def parents(self) -> IntArray: ...
-
-
-def unsupported(directory: str | Path) -> str | None:
-    """Why the engine cannot run the packed model in ``directory``, in words; None if it can. Reads config.json only.
-
-    Raises DataError, FormatError for a directory that is no packed model.
-    """
-    if not cpu.is_available():
-        return cpu.why_unavailable()
-    quantization, where = read_quantization_config(directory)
-    packed = read_units(quantization, where=where)
-    for unit in packed.units:
-        if packed.specs[unit.name].is_product:
-            return f"unit {unit.name} is product-quantized ({packed.specs[unit.name]})"
-    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    return _unsupported_config(config)
-
-
-def _unsupported_config(config: Mapping[str, Any]) -> str | None:
-    kind = config.get("model_type")
-    names = config.get("architectures") or []
-    if kind not in _FAMILIES or list(names) != [_FAMILIES[kind]]:
-        return f"it is a {', '.join(map(str, names)) or kind}; the engine has {' and '.join(_FAMILIES.values())}"
-    act = config.get("activation_function", "relu") if kind == "opt" else config.get("hidden_act", "silu")
-    if act not in _ACTIVATION_NUMBERS:
-        return f"its activation function {act!r} is not among {', '.join(_ACTIVATION_NUMBERS)}"
-    if kind == "opt":
-        if config.get("word_embed_proj_dim", config.get("hidden_size")) != config.get("hidden_size"):
-            return "its embeddings are projected to another width"
-        if not config.get("layer_norm_elementwise_affine", True):
-            return "its norms have no weights"
-    elif "dynamic" in json.dumps(config.get("rope_parameters") or config.get("rope_scaling") or {}):
-        return "its rotary positions depend on the length of the input"
-    return None
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    config: Any
-    specs: Mapping[str, QuantSpec]
-    shapes: Mapping[str, tuple[int, int]]
-    ties: Mapping[str, str]
-    tensors: Mapping[str, torch.Tensor]
-
-
-def _read(directory: Path) -> _Loaded:
-    from transformers import AutoConfig
-
-    weight_file, packed = verify_packed(directory)
-    with weight_file.open() as reader:
-        tensors = {stored.name: reader.tensor(stored) for stored in weight_file.tensors}
-    ties = {other: unit.name for unit in packed.units for other in unit.tied}
-    shapes = {unit.name: (unit.rows, unit.cols) for unit in packed.units}
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    return _Loaded(config, packed.specs, shapes, ties, tensors)
-
-
-class _Builder:
-    """Fills the library's structures from the tensors and keeps what they point to."""
-
-    def __init__(self, loaded: _Loaded, where: Path) -> None:
-        self.loaded, self.where = loaded, where
-        self.kept: list[Any] = []
-        self.num_bytes = 0
-        self._done: dict[str, PackedMatrix] = {}
-
-    def has(self, name: str) -> bool:
-        return name in self.loaded.ties or name in self.loaded.shapes or f"{name}.weight" in self.loaded.tensors
-
-    def matrix(self, name: str) -> MatrixStruct:
-        name = self.loaded.ties.get(name, name)
-        if name not in self._done:
-            matrix = self._repack(name)
-            self._done[name] = matrix
-            self.num_bytes += matrix.num_bytes
-            self.kept.append(matrix)
-        return self._done[name].struct()
-
-    def _repack(self, name: str) -> PackedMatrix:
-        tensors = self.loaded.tensors
-        codes = tensors.get(f"{name}.weight")
-        if codes is None:
-            raise FormatError(
-                f"{self.where}: tensor {name + '.weight'!r} is missing; the model's architecture needs it"
-            )
-        if name not in self.loaded.shapes or not self.loaded.specs[name].is_quantized:
-            if codes.dim() != 2:
-                raise FormatError(
-                    f"{self.where}: tensor {name + '.weight'!r} has shape {tuple(codes.shape)}; expected a matrix"
-                )
-            return cpu.repack(codes.to(torch.float16), None, QuantSpec(16), *codes.shape)
-        (rows, cols), spec = self.loaded.shapes[name], self.loaded.specs[name]
-        stored = tensors[f"{name}.scales"]
-        if spec.scale_bits == 8:
-            scale = join_scale(stored.view(-1, 1), compact_scale(tensors[f"{name}.scale_codes"], spec, cols))
-        else:
-            scale = compact_scale(stored.float(), spec, cols)
-        return cpu.repack(codes, scale, spec, rows, cols)
-
-    def vector(self, name: str, size: int) -> int | None:
-        """Address of a vector in float32, or None where the model has none."""
-        found = self.loaded.tensors.get(name)
-        if found is None:
-            return None
-        if tuple(found.shape) != (size,):
-            raise FormatError(f"{self.where}: tensor {name!r} has shape {tuple(found.shape)}; expected ({size},)")
-        return self.keep(found.float())
-
-    def keep(self, tensor: torch.Tensor) -> int:
-        tensor = tensor.contiguous()
-        self.kept.append(tensor)
-        self.num_bytes += 4 * tensor.numel()
-        return tensor.data_ptr()
-
-
-def _build(loaded: _Loaded, where: Path) -> tuple[ModelStruct, _Builder]:
-    config, kind = loaded.config, loaded.config.model_type
-    names, build = _NAMES[kind], _Builder(loaded, where)
-    opt = kind == "opt"
-    model = ModelStruct()
-    model.family = 0 if opt else 1
-    model.num_layers, model.hidden, model.heads = (
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_attention_heads,
-    )
-    model.kv_heads = model.heads if opt else config.num_key_value_heads
-    model.head_dim = (
-        model.hidden // model.heads if opt else (getattr(config, "head_dim", None) or model.hidden // model.heads)
-    )
-    model.feed_forward = config.ffn_dim if opt else config.intermediate_size
-    model.context = config.max_position_embeddings
-    model.activation = _ACTIVATION_NUMBERS[config.activation_function if opt else config.hidden_act]
-    model.norm_first = int(config.do_layer_norm_before) if opt else 1
-    model.position_offset = _OPT_OFFSET if opt else 0
-    model.eps = 1e-5 if opt else config.rms_norm_eps
-    model.attention_scale = model.head_dim**-0.5
-    model.embedding = build.matrix(names["embedding"])
-    head = "lm_head" if build.has("lm_head") else names["embedding"]
-    model.head = build.matrix(head)
-    model.head_bias = build.vector(f"{head}.bias", model.embedding.rows)
-    if opt:
-        model.positions = build.matrix(names["positions"])
-    else:
-        cosine, sine = _rotary(config)
-        model.rope_cos, model.rope_sin = build.keep(cosine), build.keep(sine)
-    model.final_gain = build.vector(f"{names['final']}.weight", model.hidden)
-    model.final_bias = build.vector(f"{names['final']}.bias", model.hidden)
-    layers = (LayerStruct * model.num_layers)()
-    for i, layer in enumerate(layers):
-        prefix = f"{names['layers']}.{i}."
-        for short in ("q", "k", "v", "o", "gate", "up", "down"):
-            if short in names:
-                matrix = build.matrix(prefix + names[short])
-                setattr(layer, short, matrix)
-                setattr(layer, f"{short}_bias", build.vector(f"{prefix}{names[short]}.bias", matrix.rows))
-        for short in ("norm1", "norm2"):
-            for ours, theirs in (("gain", "weight"), ("bias", "bias")):
-                setattr(layer, f"{short}_{ours}", build.vector(f"{prefix}{names[short]}.{theirs}", model.hidden))
-    build.kept.append(layers)
-    model.layers = ctypes.cast(layers, ctypes.POINTER(LayerStruct))
-    cpu.check(cpu.library().mb_check_model(ctypes.byref(model)), f"{where}: its tensors do not make up a model")
-    return model, build
-
-
-def _rotary(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(context, head_dim) cosines and sines, by transformers' own module, whatever the scaling."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    positions = torch.arange(config.max_position_embeddings)[None]
-    cosine, sine = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
-    return cosine[0].float(), sine[0].float()
 
 
 class Engine:
@@ -278,10 +77,9 @@ class Engine:
             raise SpecError(f"max_rows is {max_rows}; expected at least 1")
         if threads is not None:
             cpu.set_num_threads(threads)
-        self.max_rows = max_rows
+        self.max_rows = min(max_rows, 1 << 40)
         self._library = library
-        self._model, self._build = _build(_read(self.directory), self.directory)
-        self._build.loaded = None  # type: ignore[assignment]  # the file's bytes are not needed any more
+        self._model, self._build = build_model(read_model(self.directory), self.directory)
         self._state: int | None = None
         self.num_streams = 0
         self._lock = threading.Lock()
@@ -311,8 +109,7 @@ class Engine:
         Parents stand before their children, trees are contiguous. Raises DataError for token ids outside the vocabulary,
         trees that are none, sequences longer than :attr:`max_length`.
         """
-        tokens = np.ascontiguousarray(forest.tokens, dtype=np.int64)
-        parents = np.ascontiguousarray(forest.parents, dtype=np.int64)
+        tokens, parents = _whole(forest.tokens, "tokens"), _whole(forest.parents, "parents")
         if tokens.ndim != 1 or tokens.shape != parents.shape:
             raise DataError(
                 f"a forest has tokens of shape {tokens.shape} and parents of shape {parents.shape}; expected (n,)"
@@ -331,28 +128,33 @@ class Engine:
         """(num_sequences,): summed log-probability in nats of each sequence's ids after its first one."""
         lengths = [len(ids) for ids in sequences]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        tokens = np.fromiter((i for ids in sequences for i in ids), dtype=np.int64, count=int(offsets[-1]))
+        tokens = _whole([i for ids in sequences for i in ids], "the sequences' ids")
         parents = np.arange(len(tokens)) - 1
         parents[offsets[:-1][np.array(lengths, dtype=bool)]] = -1
         nodes = self.score_forest(_Arrays(tokens, parents))
         return np.array([nodes[start:stop].sum() for start, stop in pairwise(offsets)])
 
     def open_streams(self, num_streams: int) -> None:
-        """Make key-value caches for that many streams, all empty; replaces those there are."""
+        """Make key-value caches for that many streams, all empty; replaces those there are.
+
+        Raises SpecError, or MemoryError if they do not fit; then there are no streams.
+        """
+        if not 1 <= num_streams <= _MAX_STREAMS:
+            raise SpecError(f"num_streams is {num_streams}; expected 1 to {_MAX_STREAMS}")
         with self._lock:
             self._close()
             state = self._library.mb_state_new(ctypes.byref(self._model), self._activations, num_streams)
             if not state:
-                raise SpecError(
-                    f"cannot hold {num_streams} streams of {self.context} positions; expected a number from 1 that fits memory"
-                )
+                raise MemoryError(f"{num_streams} streams of {self.context} positions do not fit memory; open fewer")
             self._state, self.num_streams = state, num_streams
 
     def reset(self, stream: int | None = None) -> None:
         """Forget what a stream (None: every stream) has read."""
         with self._lock:
-            if self._state is not None and self._library.mb_state_reset(self._state, -1 if stream is None else stream):
+            if stream is not None and not 0 <= stream < self.num_streams:
                 raise SpecError(f"no stream {stream}; there are {self.num_streams}")
+            if self._state is not None:
+                self._library.mb_state_reset(self._state, -1 if stream is None else stream)
 
     def step(self, tokens: Iterable[int] | IntArray, streams: Iterable[int] | IntArray | None = None, *, out: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:  # fmt: skip
         """Read one token in each stream; returns the next token's logits, (len(tokens), vocabulary_size) float32.
@@ -361,13 +163,13 @@ class Engine:
         the first call has tokens. out: array to write to, so that nothing is allocated. Raises DataError for ids outside the
         vocabulary and streams that are full, SpecError for streams there are none of.
         """
-        ids = np.ascontiguousarray(tokens if isinstance(tokens, np.ndarray) else list(tokens), dtype=np.int64)
+        ids = _whole(tokens if isinstance(tokens, np.ndarray) else list(tokens), "tokens")
         if ids.ndim != 1:
             raise DataError(f"tokens have shape {ids.shape}; expected one id for each stream")
         if self._state is None:
             self.open_streams(max(1, len(ids)))
         where = np.arange(len(ids)) if streams is None else streams
-        where = np.ascontiguousarray(where if isinstance(where, np.ndarray) else list(where), dtype=np.int64)
+        where = _whole(where if isinstance(where, np.ndarray) else list(where), "streams")
         if (
             where.shape != ids.shape
             or len(np.unique(where)) != len(where)
@@ -379,8 +181,8 @@ class Engine:
         shape = (len(ids), self.vocabulary_size)
         if out is None:
             out = np.empty(shape, dtype=np.float32)
-        elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
-            raise SpecError(f"out is {out.dtype} {out.shape}; expected contiguous float32 {shape}")
+        elif out.shape != shape or out.dtype != np.float32 or not (out.flags.c_contiguous and out.flags.writeable):
+            raise SpecError(f"out is {out.dtype} {out.shape}; expected contiguous writable float32 {shape}")
         with self._lock:
             error = self._library.mb_step(self._state, where.ctypes.data, ids.ctypes.data, len(ids), out.ctypes.data)
         self._check(error, ids)
@@ -401,11 +203,19 @@ class Engine:
     def _close(self) -> None:
         if self._state is not None:
             self._library.mb_state_free(self._state)
-            self._state = None
+            self._state, self.num_streams = None, 0
 
     def __del__(self) -> None:
         if getattr(self, "_state", None) is not None:
             self._close()
+
+
+def _whole(values: Any, what: str) -> IntArray:
+    """As contiguous int64. Raises DataError for numbers that are not whole."""
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise DataError(f"{what} are {array.dtype}; expected whole numbers")
+    return np.ascontiguousarray(array, dtype=np.int64)
 
 
 @dataclass(frozen=True)
