@@ -86,12 +86,12 @@ def choose_kernel(
 ) -> Launch:
     """The kernel for ``m`` rows of x times an (n, k) weight of ``bits`` bits: the measured winner if there is one, else a default.
 
-    ``device``: whose measurements and size count (none on a CPU); ``cache``: the file of measurements (default :func:`default_cache`).
+    ``device``: whose measurements and size count (none on a CPU); ``cache``: the file of measurements (default :func:`default_cache`; "": none).
     Raises FormatError when that file is damaged.
     """
     device = torch.device(device) if device is not None else torch.device("cpu")
     if device.type == "cuda":
-        known = _measurements(Path(cache or default_cache()))
+        known = _measurements(Path(default_cache() if cache is None else cache)) if cache != "" else {}
         if found := known.get(_key(m, n, k, bits, group_size, dtype, device)):
             return found
     return _default(m, n, k, dtype, _processors(device))
@@ -125,19 +125,19 @@ def _processors(device: torch.device) -> int:
 
 
 def candidates(m: int, n: int, k: int, *, processors: int = _DEFAULT_PROCESSORS) -> Iterator[Launch]:
-    """What :func:`tune` measures for one shape: two to three dozen launches, fewer for few rows."""
+    """What :func:`tune` measures for one shape: at most 19 launches (each compiles once a width and dtype)."""
+    launches = []
     if m <= GEMV_ROWS:
-        for block_n in (32, 64, 128):
-            for num_warps in (1, 2, 4):
-                launch = Launch("gemv", block_m=bucket(m), block_n=block_n, num_warps=num_warps)
-                for splits in sorted({1, _enough_splits(launch, m, n, k, processors)}):
-                    yield replace(launch, splits=splits)
-    for block_n in (32, 64, 128):
-        for block_m in sorted({min(max(bucket(m), 16), size) for size in (16, 64, 128)}):
-            launch = Launch("dot", block_m, block_n, num_warps=8 if block_m * block_n >= 1 << 13 else 4)
-            for splits in sorted({1, _enough_splits(launch, m, n, k, processors)}):
-                for num_stages in (2, 3):
-                    yield replace(launch, splits=splits, num_stages=num_stages)
+        for block_n, num_warps in ((32, 1), (32, 2), (64, 2), (64, 4), (128, 4)):
+            launches.append(Launch("gemv", block_m=bucket(m), block_n=block_n, num_warps=num_warps))
+    for block_n in (64, 128):
+        for block_m in sorted({min(max(bucket(m), 16), size) for size in (64, 128)}):
+            large = block_m * block_n > 1 << 12
+            shape = (block_m, block_n)
+            launches.append(Launch("dot", *shape, num_warps=8 if large else 4, num_stages=2 if large else 3))
+    for launch in launches:
+        for splits in sorted({1, _enough_splits(launch, m, n, k, processors)}):
+            yield replace(launch, splits=splits)
     yield Launch("dense")
 
 
@@ -147,11 +147,11 @@ def tune(
     *,
     dtype: torch.dtype = torch.bfloat16,
     cache: str | Path | None = None,
-    measure: Callable[[Callable[[], Any]], float] | None = None,
+    measure: Callable[[functools.partial[Any]], float] | None = None,
 ) -> Launch:
     """Measure all :func:`candidates` for ``m`` rows times ``weight`` (a GpuWeight on a GPU), keep the fastest in the cache file, return it.
 
-    ``measure``: callable -> time (default: median milliseconds of ``triton.testing.do_bench``). A candidate that does not fit
+    ``measure``: the call, a partial of ``linear`` with its Launch as ``kernel``, -> time (default: median milliseconds of ``triton.testing.do_bench``). A candidate that does not fit
     the device is passed over. Raises SpecError off a GPU unless ``measure`` is given.
     """
     from mixbits.kernels.triton.run import linear
@@ -172,7 +172,7 @@ def tune(
     if best is None:
         raise SpecError(f"no kernel runs for {m} rows of ({weight.rows}, {weight.cols}): {refused}") from refused
     key = _key(m, weight.rows, weight.cols, weight.bits, weight.group_size, dtype, weight.device)
-    path = Path(cache or default_cache())
+    path = Path(default_cache() if cache is None else cache)
     known = {**_measurements(path), key: best}
     entries = {name: {k: v for k, v in asdict(entry).items() if k != "measured"} for name, entry in known.items()}
     write_json(path, {"format_version": _FORMAT, "launches": entries})

@@ -28,12 +28,12 @@ def store_result(
     num_rows,
     INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
 ):
     """Store the (BM, BN) sums: as they are into the split's plane, or scaled, with bias, in the output's dtype."""
     mask = (m < num_x)[:, None] & (n < num_rows)[None, :]
     at = m.to(tl.int64)[:, None] * num_rows + n[None, :]
-    if SPLITS > 1:
+    if IS_SPLIT:
         tl.store(out_ptr + split.to(tl.int64) * num_x * num_rows + at, y, mask=mask)
     else:
         y *= tl.load(rows_ptr + n, mask=n < num_rows, other=0)[None, :]
@@ -65,7 +65,7 @@ def gemv_kernel(
     GROUP: tl.constexpr,
     HOIST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -102,7 +102,7 @@ def gemv_kernel(
                 acc += x[:, None, :] * w[None, :, :]
     y = tl.sum(acc, axis=2)
     store_result(
-        y, out_ptr, rows_ptr, bias_ptr, rows_ptr, m, n, split, num_x, num_rows, False, HAS_BIAS, SPLITS
+        y, out_ptr, rows_ptr, bias_ptr, rows_ptr, m, n, split, num_x, num_rows, False, HAS_BIAS, IS_SPLIT
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def dot_kernel(
     GROUP: tl.constexpr,
     HOIST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     INT8: tl.constexpr,
     UPCAST: tl.constexpr,
     BM: tl.constexpr,
@@ -145,7 +145,7 @@ def dot_kernel(
         BITS, MULTIPLY, OFFSET, GROUP, HOIST, INT8, UPCAST, BM, BN,
     )  # fmt: skip
     store_result(
-        tl.trans(acc), out_ptr, rows_ptr, bias_ptr, x_scales_ptr, m, n, split, num_x, num_rows, INT8, HAS_BIAS, SPLITS
+        tl.trans(acc), out_ptr, rows_ptr, bias_ptr, x_scales_ptr, m, n, split, num_x, num_rows, INT8, HAS_BIAS, IS_SPLIT
     )  # fmt: skip
 
 
@@ -158,21 +158,21 @@ def finish_kernel(
     out_ptr,
     num_x,
     num_rows,
-    SPLITS: tl.constexpr,
+    num_splits,
     INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Add the partials (SPLITS, num_x, num_rows) in order, scale, add the bias; grid (num_x, tiles of BN)."""
+    """Add the partials (num_splits, num_x, num_rows) in order, scale, add the bias; grid (num_x, tiles of BN)."""
     m = tl.program_id(0) + tl.zeros((1,), dtype=tl.int32)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     at = m.to(tl.int64)[:, None] * num_rows + n[None, :]
     y = tl.zeros((1, BN), dtype=tl.float32)
-    for split in range(SPLITS):
+    for split in range(num_splits):
         part = parts_ptr + tl.cast(split, tl.int64) * num_x * num_rows + at
         y += tl.load(part, mask=(n < num_rows)[None, :], other=0)
     store_result(
-        y, out_ptr, rows_ptr, bias_ptr, x_scales_ptr, m, n, tl.program_id(0), num_x, num_rows, INT8, HAS_BIAS, 1
+        y, out_ptr, rows_ptr, bias_ptr, x_scales_ptr, m, n, tl.program_id(0), num_x, num_rows, INT8, HAS_BIAS, False
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def linear(
     given, x_scales = quantize_rows(rows) if activations == "int8" else (rows, weight.row_scales)
     sizes = (num, weight.rows, weight.cols, weight.num_blocks, weight.padded_rows, blocks_each, given.stride(0))
     options: dict[str, Any] = {
-        **_grid_options(weight), "HAS_BIAS": bias is not None, "SPLITS": splits, "BM": launch.block_m, "BN": launch.block_n,
+        **_grid_options(weight), "HAS_BIAS": bias is not None, "IS_SPLIT": splits > 1, "BM": launch.block_m, "BN": launch.block_n,
         "num_warps": launch.num_warps, "num_stages": launch.num_stages,
     }  # fmt: skip
     groups, offset = _groups(weight), weight.row_scales if bias is None else bias
@@ -78,9 +78,9 @@ def linear(
             run = linear_kernels.dot_kernel[(tiles * -(-num // launch.block_m), splits)]
             run(given, weight.words, groups, weight.row_scales, offset, x_scales, target, *sizes, **options)
         if splits > 1:
-            flags = {"SPLITS": splits, "INT8": activations == "int8", "HAS_BIAS": bias is not None, "BN": 256}
+            flags = {"INT8": activations == "int8", "HAS_BIAS": bias is not None, "BN": 256}
             finish: Any = linear_kernels.finish_kernel[(num, -(-weight.rows // 256))]
-            finish(target, weight.row_scales, offset, x_scales, out, num, weight.rows, **flags)
+            finish(target, weight.row_scales, offset, x_scales, out, num, weight.rows, splits, **flags)
     return out.view(*x.shape[:-1], weight.rows)
 
 
