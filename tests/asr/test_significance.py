@@ -14,7 +14,7 @@ from scipy import stats
 
 from mixbits.asr.bootstrap import bootstrap_blocks, paired_bootstrap
 from mixbits.asr.nbest import Hypothesis, NBest
-from mixbits.asr.significance import error_segments, mapsswe, mapsswe_from_segments, no_significant_loss
+from mixbits.asr.significance import error_segments, mapsswe, mapsswe_from_segments
 from mixbits.errors import DataError, SpecError
 
 
@@ -177,41 +177,3 @@ def test_blocks_are_speakers_then_conversations() -> None:
     assert bootstrap_blocks(both) == ["s", "t"]
     assert bootstrap_blocks([both[0], NBest("w", one, None, None, "d")]) == ["c", "d"]
     assert bootstrap_blocks([NBest("w", one)]) is None
-
-
-def _system(num_wrong: int, total: int = 400, first: int = 0) -> list[str]:
-    return ["a x c d" if first <= i < first + num_wrong else "a b c d" for i in range(total)]
-
-
-def test_no_significant_loss_three_ways() -> None:
-    references = ["a b c d"] * 400
-    # The first pass has 200 errors of varied size, so that its segments have a spread.
-    first_pass = ["a x y d" if i % 2 else text for i, text in enumerate(_system(200))]
-    full = _system(40)
-    held = no_significant_loss(references, first_pass=first_pass, full=full, packed=_system(40))
-    assert held.counts
-    assert held.outcome == "no significant loss"
-    assert held.gain == pytest.approx(100 * (100 + 2 * 200 - 40) / 1600)
-    assert held.loss.delta_upper == 0
-    worse = no_significant_loss(references, first_pass=first_pass, full=full, packed=_system(160))
-    assert (worse.outcome, worse.counts) == ("loss", False)
-    assert worse.loss.delta == pytest.approx(100 * 120 / 1600)
-    nothing_gained = no_significant_loss(references, first_pass=full, full=full, packed=full)
-    assert (nothing_gained.outcome, nothing_gained.counts) == ("unresolved", False)
-    assert "cannot tell" in nothing_gained.text
-
-
-def test_wide_bound_is_unresolved_not_lossless() -> None:
-    # Full and packed make equally many errors, but elsewhere: no difference in all, and a wide interval.
-    references = ["a b c d"] * 400
-    first_pass = ["a x y d" if i < 100 and i % 4 == 0 else text for i, text in enumerate(_system(100))]
-    full, packed = _system(70), _system(70, first=200)
-    verdict = no_significant_loss(references, first_pass=first_pass, full=full, packed=packed)
-    assert verdict.gain == pytest.approx(100 * (125 - 70) / 1600)
-    assert verdict.gain_test.verdict == "b is better"
-    assert verdict.loss.delta == 0
-    assert verdict.loss_test.verdict == "no significant difference"
-    assert verdict.loss.delta_stderr == pytest.approx(100 / 4 * math.sqrt(140 / 400) / 20, rel=0.03)
-    assert verdict.loss.delta_upper > 0.2 * verdict.gain
-    assert verdict.outcome == "unresolved"
-    assert "cannot exclude a loss" in verdict.text

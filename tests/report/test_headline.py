@@ -85,6 +85,11 @@ def test_without_a_comparison_the_verdict_or_its_absence_is_told():
         ({}, {"gain_significant": False}, "this test cannot show that nothing was lost"),
         ({}, {"gain_significant": None}, "do not say whether words were lost"),
         ({"delta_wer_upper_95": None}, {}, "do not say whether words were lost"),
+        (
+            {"no_significant_loss": False, "significance": "unresolved: so"},
+            {},
+            "the run's rule asks for more (unresolved: so)",
+        ),
         ({"p_value_vs_full": 0.01}, {}, "That is a significant loss of words"),
     ],
 )

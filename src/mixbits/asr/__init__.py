@@ -6,7 +6,7 @@ What there is, one module a subject (import from the module):
 
 * ``nbest``: :class:`Hypothesis`, :class:`NBest`; ``formats.jsonl``: ``read_nbest``, ``write_nbest``.
 * ``wer``: ``count_errors``, ``error_table``, ``one_best_errors``, ``oracle_errors`` → :class:`ErrorCounts`.
-* ``significance``: ``mapsswe``, ``no_significant_loss``; ``bootstrap``: ``paired_bootstrap``, ``bootstrap_blocks``.
+* ``significance``: ``mapsswe``; ``bootstrap``: ``paired_bootstrap``, ``bootstrap_blocks``.
 * ``trie``: :class:`TokenForest`, ``build_forest``, ``plan_forests``: what a scorer gets.
 * ``rescore``: ``lm_features`` (slow, calls the scorer) and ``apply_weights`` (fast), or ``rescore`` for both.
 * ``features``: what hypotheses are ranked by, and the signs; ``tune``: ``tune_on_lists``, ``tune_weights`` (exact line

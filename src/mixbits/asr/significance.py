@@ -1,4 +1,4 @@
-"""Is the difference between two recognizers real? MAPSSWE, and the rule for "no significant loss".
+"""Is the difference between two recognizers real? MAPSSWE.
 
 MAPSSWE (Gillick & Cox, ICASSP 1989, as NIST's SCTK computes it): both outputs are aligned to the same reference with
 costs 0/3/3/4; errors are grouped into segments bounded by two words that both systems have right (or the utterance's
@@ -6,8 +6,8 @@ ends); the paired error differences of the segments get a normal test. This alig
 segments only; word error rates come from the plain edit distance (:mod:`mixbits.asr.wer`), and the two totals can
 differ by a word. Limit: between equally cheap alignments the choice is kaldialign's, not sclite's.
 
-"No significant increase" is not equivalence, so :func:`no_significant_loss` also bounds the loss from above by a
-paired bootstrap, and says when the data cannot decide.
+"No significant increase" is not equivalence: a claim of no loss also bounds the loss from above, by at most
+``MAX_SHARE_OF_GAIN`` of what was gained (:mod:`mixbits.asr.bootstrap`; the rule is the caller's).
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from typing import Literal
 
 import kaldialign
 
-from mixbits.asr.bootstrap import BootstrapResult, paired_bootstrap
-from mixbits.asr.wer import count_errors
 from mixbits.errors import DataError
 
 CRITICAL_Z = 1.960
@@ -73,38 +71,6 @@ class MapssweResult:
         z = "" if self.z is None else f", Z {self.z:.3f}"
         text = f"{self.verdict}: {self.p_text}{z}, {self.num_segments} segments"
         return text if self.warning is None else f"{text}; {self.warning}"
-
-
-@dataclass(frozen=True)
-class LossVerdict:
-    """Whether a packed model loses word errors against full precision, and whether the data can tell.
-
-    ``gain`` = WER(first pass) − WER(full), ``loss`` is the bootstrap of WER(packed) − WER(full), in points.
-    """
-
-    outcome: Literal["no significant loss", "loss", "unresolved"]
-    gain: float
-    gain_test: MapssweResult
-    loss: BootstrapResult
-    loss_test: MapssweResult
-    max_share_of_gain: float
-
-    @property
-    def counts(self) -> bool:
-        """True only if the claim "no significant WER loss" may be made."""
-        return self.outcome == "no significant loss"
-
-    @property
-    def text(self) -> str:
-        allowed = self.max_share_of_gain * self.gain
-        gain = f"full precision against the first pass: {self.gain:+.2f} points gained, {self.gain_test.p_text}"
-        bound = f"packed − full {self.loss.delta:+.2f} points, upper 95 % bound {self.loss.delta_upper:+.2f}"
-        if self.outcome == "unresolved" and (self.gain <= 0 or self.gain_test.verdict != "b is better"):
-            return f"unresolved: this test set cannot tell ({gain}; nothing to lose); {bound}"
-        against = f"allowed {allowed:.2f} = {self.max_share_of_gain:.0%} of the gain"
-        if self.outcome == "unresolved":
-            return f"unresolved: this test set cannot exclude a loss ({bound}; {against}); {gain}"
-        return f"{self.outcome}: {bound}; {against}; {gain}"
 
 
 def mapsswe(references: Sequence[str], hypotheses_a: Sequence[str], hypotheses_b: Sequence[str]) -> MapssweResult:
@@ -179,42 +145,3 @@ def _position_errors(reference: list[str], hypothesis: list[str]) -> tuple[list[
             wrong[position] = int(expected != got)
             position += 1
     return wrong, inserted
-
-
-def no_significant_loss(
-    references: Sequence[str],
-    *,
-    first_pass: Sequence[str],
-    full: Sequence[str],
-    packed: Sequence[str],
-    blocks: Sequence[str] | None = None,
-    max_share_of_gain: float = MAX_SHARE_OF_GAIN,
-    num_draws: int = 10_000,
-    seed: int = 0,
-) -> LossVerdict:
-    """The rule for "no significant WER loss" of a packed model.
-
-    It is a "loss" if the two-sided 95 % interval of WER(packed) − WER(full) lies above zero or MAPSSWE finds packed
-    worse. Else the claim counts if full precision beats the first pass (MAPSSWE, 5 %) and the one-sided upper 95 %
-    bound of the difference is at most ``max_share_of_gain`` of that gain. Everything else is "unresolved".
-
-    Args:
-        references, first_pass, full, packed: one text an utterance, in the same order.
-        blocks: speaker or conversation of each utterance (:func:`mixbits.asr.bootstrap.bootstrap_blocks`).
-    """
-    gain_test = mapsswe(references, first_pass, full)
-    loss_test = mapsswe(references, full, packed)
-    num_words = [len(reference.split()) for reference in references]
-    errors_first, errors_full, errors_packed = (
-        [count_errors(*pair).num_errors for pair in zip(references, texts, strict=True)]
-        for texts in (first_pass, full, packed)
-    )
-    loss = paired_bootstrap(errors_full, errors_packed, num_words, blocks=blocks, num_draws=num_draws, seed=seed)
-    gain = 100.0 * (sum(errors_first) - sum(errors_full)) / sum(num_words)
-    gain_is_real = gain > 0 and gain_test.verdict == "b is better"
-    outcome: Literal["no significant loss", "loss", "unresolved"] = "unresolved"
-    if loss.delta_interval[0] > 0 or loss_test.verdict == "a is better":
-        outcome = "loss"
-    elif gain_is_real and loss.delta_upper <= max_share_of_gain * gain:
-        outcome = "no significant loss"
-    return LossVerdict(outcome, gain, gain_test, loss, loss_test, max_share_of_gain)

@@ -96,8 +96,10 @@ def list_evidence(
 ) -> Evidence:
     """Evidence of one n-best list: one text an utterance of each system, in the same order.
 
-    The rule of :func:`mixbits.asr.significance.no_significant_loss`, at level ``alpha``, made stricter: full precision must beat the tuned
-    first pass too, and the two bounds above must agree. ``p_worse`` is MAPSSWE's two-sided p where packed has more errors, else 1.
+    The rule for "no significant loss", at level ``alpha``, of certificates and of rescoring: full precision beats the first pass, as it
+    stands in the file and tuned (MAPSSWE); the bootstrap interval of the loss is not above 0; and the two bounds above of the loss and of
+    the loss less ``max_share_of_gain`` of the gain allow no more than that share; or packed is significantly better. ``p_worse`` is
+    MAPSSWE's two-sided p where packed has more errors, else 1.
     """
     check_alpha(alpha)
     loss_test = mapsswe(references, full, packed)

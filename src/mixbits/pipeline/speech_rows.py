@@ -1,8 +1,8 @@
 """Results of rescoring as rows: word errors of each system on one list, tests against the others, the rule for "no loss".
 
-An entry is plain data for a results file. ``p_value_vs_full`` is MAPSSWE against the reference system, whatever its name; the verdict
-follows :func:`mixbits.asr.significance.no_significant_loss` with the gain over ``first-pass``. Bootstrap blocks are
-speakers or conversations where the lists name them.
+An entry is plain data for a results file. ``p_value_vs_full`` is MAPSSWE against the reference system, whatever its name; the verdict is
+that of a certificate on the list (:mod:`mixbits.pipeline.evidence`), without a correction for other systems or lists. Bootstrap blocks
+are speakers or conversations where the lists name them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from typing import Any
 
 from mixbits.asr.bootstrap import bootstrap_blocks
 from mixbits.asr.nbest import NBest, reference_texts
-from mixbits.asr.significance import MapssweResult, mapsswe, no_significant_loss
+from mixbits.asr.significance import MapssweResult, mapsswe
 from mixbits.asr.wer import ErrorCounts, error_table, sum_errors
+from mixbits.pipeline.evidence import list_evidence
+from mixbits.pipeline.verdicts import Verdict, judge
 
 FIRST_PASS, FIRST_PASS_TUNED = "first-pass", "first-pass-tuned"
-_NO_HELP = "full precision does not significantly beat the first pass tuned without a language model"
+_OUTCOMES: Mapping[Verdict, str] = {"lossless": "no significant loss", "lossy": "loss", "unresolved": "unresolved"}
 NO_LOSS_RULE = (
-    "'No significant loss' counts only if full precision beats the first pass (MAPSSWE, p < .05), as it stands in the file and tuned without "
-    "a language model, and the upper 95 % bound of the WER difference (paired bootstrap) is at most 20 % of the gain over the file's order; "
-    "otherwise it is a loss, or the test cannot tell."
+    "'No significant loss' is what a certificate calls lossless: packed is not significantly worse (MAPSSWE, p < .05), full precision beats the "
+    "first pass, as it stands in the file and tuned without a language model, the bootstrap interval of the loss is not above 0, and the "
+    "upper 95 % bounds of the loss and of the loss less 20 % of the gain over the file's order (the larger of bootstrap and score bound) allow "
+    "at most 20 % of that gain; or packed is significantly better. Otherwise it is a loss, or the test cannot tell."
 )
 
 
@@ -34,7 +37,7 @@ def compare(
 
     An entry has ``wer`` (percent), ``errors`` (sub, del, ins, words), ``p_value_vs_full`` and ``p_value_vs_first_pass`` (None for itself or
     undetermined); a system with a language model has ``significance``, a verdict in words, and beside a reference system
-    ``delta_wer``, ``delta_wer_interval_95``, ``delta_wer_upper_95`` (points) and ``no_significant_loss``.
+    ``delta_wer``, ``delta_wer_interval_95``, ``delta_wer_upper_95`` (points) and ``no_significant_loss``, the claim by ``NO_LOSS_RULE``.
     """
     references, first = reference_texts(lists), outputs[FIRST_PASS]
     blocks = bootstrap_blocks(lists)
@@ -51,18 +54,16 @@ def compare(
         elif reference_system is None or name == reference_system:
             entry["significance"] = f"against the first pass: {_gain_text(against_first)}"
         else:
-            full = outputs[reference_system]
-            verdict = no_significant_loss(
-                references, first_pass=first, full=full, packed=texts, blocks=blocks, seed=seed
-            )
-            helps = beats_first_pass(references, outputs, reference_system)
-            entry["delta_wer"] = verdict.loss.delta
-            entry["delta_wer_interval_95"] = list(verdict.loss.delta_interval)
-            entry["delta_wer_upper_95"] = verdict.loss.delta_upper
-            entry["no_significant_loss"] = verdict.counts and helps
-            entry["significance"] = verdict.text
-            if verdict.counts and not helps:
-                entry["significance"] = f"unresolved: {_NO_HELP}; {verdict.text.partition(': ')[2]}"
+            evidence = list_evidence(
+                references, first_pass=first, first_pass_tuned=outputs.get(FIRST_PASS_TUNED, first),
+                full=outputs[reference_system], packed=texts, blocks=blocks, seed=seed,
+            )  # fmt: skip
+            judgement = judge({name: evidence}, alpha=0.05)[name]
+            entry["delta_wer"] = evidence.figures["delta_wer"]
+            entry["delta_wer_interval_95"] = evidence.figures["delta_wer_interval"]
+            entry["delta_wer_upper_95"] = evidence.figures["delta_wer_upper"]
+            entry["no_significant_loss"] = judgement.verdict == "lossless"
+            entry["significance"] = f"{_OUTCOMES[judgement.verdict]}: {judgement.reason}"
         entries[name] = entry
     return entries
 
