@@ -140,7 +140,7 @@ class Builder:
         if name not in self._done:
             matrix = self._done[name] = self._repack(name)
             self.num_bytes += matrix.num_bytes
-        return self._done[name].struct()
+        return self._done[name].struct
 
     def _repack(self, name: str) -> PackedMatrix:
         codes = self._tensor(f"{name}.weight")

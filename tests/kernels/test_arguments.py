@@ -59,7 +59,7 @@ def matrix(twin):
 
 @pytest.mark.parametrize(("fields", "error"), BAD_MATRICES, ids=str)
 def test_bad_matrices(matrix, fields, error):
-    library, bad = cpu.library(), changed(matrix.struct(), **fields)
+    library, bad = cpu.library(), changed(matrix.struct, **fields)
     x, ids = np.ones((3, 33), np.float32), np.zeros(3, np.int64)
     y = np.full(3 * 70, 7, np.float32)
     offsets = np.array([0, 1, 2, 3])
@@ -71,7 +71,7 @@ def test_bad_matrices(matrix, fields, error):
 
 
 def test_bad_arguments_of_products(matrix):
-    library, good = cpu.library(), matrix.struct()
+    library, good = cpu.library(), matrix.struct
     x, y = np.ones((3, 33), np.float32), np.full(3 * 70, 7, np.float32)
     cases = [
         ((None, 0, address(x), 3, None, address(y)), POINTER),
@@ -88,7 +88,7 @@ def test_bad_arguments_of_products(matrix):
 
 
 def test_bad_rows_of_an_embedding(matrix):
-    library, good = cpu.library(), matrix.struct()
+    library, good = cpu.library(), matrix.struct
     y = np.full(4 * 33, 7, np.float32)
     for bad in (-1, 70, 2**31, 2**32, 2**62, -(2**63)):
         ids = np.array([0, 69, 5, bad])
@@ -120,7 +120,7 @@ def test_bad_targets(matrix, offsets, targets, error):
     x, out, partition = np.ones((3, 33), np.float32), np.full(2, 7, np.float32), np.full(3, 7, np.float32)
     offsets, targets = np.array(offsets), np.array(targets)
     found = cpu.library().mb_log_softmax_at(
-        matrix.struct(), 0, address(x), 3, None, address(offsets), address(targets), address(out), address(partition)
+        matrix.struct, 0, address(x), 3, None, address(offsets), address(targets), address(out), address(partition)
     )
     assert found == error
     assert (out == 7).all()
@@ -128,7 +128,7 @@ def test_bad_targets(matrix, offsets, targets, error):
 
 
 def test_missing_pointers_of_log_softmax(matrix):
-    library, good = cpu.library(), matrix.struct()
+    library, good = cpu.library(), matrix.struct
     x, out = np.ones((3, 33), np.float32), np.full(2, 7, np.float32)
     offsets, targets = np.array([0, 1, 2, 2]), np.array([0, 1])
     whole = (good, 0, address(x), 3, None, address(offsets), address(targets), address(out), None)

@@ -41,7 +41,7 @@ def linear(matrix, x, bias=None, mode="int8"):
     inner = y[16 : len(y) - 16]
     x = np.ascontiguousarray(x)
     error = cpu.library().mb_linear(
-        matrix.struct(), cpu.activation_number(mode), x.ctypes.data, len(x), None if bias is None else bias.ctypes.data,
+        matrix.struct, cpu.activation_number(mode), x.ctypes.data, len(x), None if bias is None else bias.ctypes.data,
         inner.ctypes.data,
     )  # fmt: skip
     assert error == 0
@@ -176,7 +176,7 @@ def test_threads_do_not_change_a_bit(twin, spec):
         x = activations(150, 131)
         ids = np.arange(1301)
         rows = np.empty((1301, 131), np.float32)
-        cpu.library().mb_embedding(t.matrix.struct(), ids.ctypes.data, len(ids), rows.ctypes.data)
+        cpu.library().mb_embedding(t.matrix.struct, ids.ctypes.data, len(ids), rows.ctypes.data)
         logs = log_softmax_at(
             t.matrix, x[:7], np.array([0, 1, 1, 3, 3, 4, 4, 6]), np.array([5, 0, 1300, 64, 1023, 1024])
         )
@@ -196,7 +196,7 @@ def test_embedding_is_exact(twin, spec):
         for isa in cpu.isas():
             cpu.set_isa(isa)
             y = np.full((37, cols), 9, np.float32)
-            assert cpu.library().mb_embedding(t.matrix.struct(), ids.ctypes.data, 37, y.ctypes.data) == 0
+            assert cpu.library().mb_embedding(t.matrix.struct, ids.ctypes.data, 37, y.ctypes.data) == 0
             assert same_bits(y, t.rounded[ids])
 
 
@@ -204,7 +204,7 @@ def log_softmax_at(matrix, x, offsets, targets, bias=None, mode="int8"):
     out, partition = np.full(len(targets) + 2, 7, np.float32), np.full(len(x) + 2, 7, np.float32)
     offsets, targets, x = (np.ascontiguousarray(a) for a in (offsets.astype(np.int64), targets.astype(np.int64), x))
     error = cpu.library().mb_log_softmax_at(
-        matrix.struct(), cpu.activation_number(mode), x.ctypes.data, len(x), None if bias is None else bias.ctypes.data,
+        matrix.struct, cpu.activation_number(mode), x.ctypes.data, len(x), None if bias is None else bias.ctypes.data,
         offsets.ctypes.data, targets.ctypes.data, out.ctypes.data, partition.ctypes.data,
     )  # fmt: skip
     assert error == 0

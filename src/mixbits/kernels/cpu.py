@@ -265,6 +265,7 @@ class PackedMatrix:
     def num_bytes(self) -> int:
         return self.packed.numel() + 4 * self.scales.numel()
 
+    @functools.cached_property
     def struct(self) -> MatrixStruct:
         """For the library; the tensors must outlive it."""
         k = self.layout

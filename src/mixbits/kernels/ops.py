@@ -155,7 +155,23 @@ def linear(
     ``int8``: x is rounded to 8 bits with one scale per row. A row of x with NaN or infinity gives a row of NaN. Raises
     SpecError for shapes that do not fit, RuntimeError for an x that needs a gradient, KernelUnavailable.
     """
-    return torch.ops.mixbits.linear(x, *_numbers(matrix), bias, cpu.activation_number(activations))
+    number = cpu.activation_number(activations)
+    grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if grad or torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        return torch.ops.mixbits.linear(x, *_numbers(matrix), bias, number)
+    return _linear_now(x, matrix, bias, number)
+
+
+def _linear_now(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None, activations: int) -> torch.Tensor:
+    """The operator's work without the dispatcher, whose share is 30 microseconds for a call with eleven arguments."""
+    flat, (kept, address) = _rows_of(x, matrix.cols), _bias(bias, matrix.rows)
+    out = torch.empty(len(flat), matrix.rows)
+    error = cpu.library().mb_linear(
+        ctypes.byref(matrix.struct), activations, flat.data_ptr(), len(flat), address, out.data_ptr()
+    )
+    cpu.check(error, "mixbits.kernels.ops.linear")
+    del kept
+    return out.to(x.dtype).view(*x.shape[:-1], matrix.rows)
 
 
 def embedding(ids: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
