@@ -115,7 +115,7 @@ def read_model(directory: Path) -> Loaded:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # a damaged field can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise FormatError(f"{directory / 'config.json'}: transformers cannot read it ({reason:.200})") from None
     return Loaded(config, packed.specs, shapes, ties, {t.name: t for t in weights.tensors}, kept)
 
@@ -213,6 +213,11 @@ def build_model(loaded: Loaded, where: Path) -> tuple[ModelStruct, Builder]:
     model.head = build.matrix("lm_head" if own_head else names["embedding"])
     if opt:
         model.positions = build.matrix(names["positions"])
+        if model.positions.rows != model.context + _OPT_OFFSET:
+            raise FormatError(
+                f"{where}: {model.positions.rows} positions are stored; max_position_embeddings of config.json says {model.context} "
+                f"and {_OPT_OFFSET}"
+            )
     else:
         cosine, sine = _rotary(config, model.head_dim, where)
         model.rope_cos, model.rope_sin = build.keep(cosine), build.keep(sine)
@@ -277,7 +282,7 @@ def _rotary(config: Any, head_dim: int, where: Path) -> tuple[torch.Tensor, torc
     try:
         cosine, sine = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(context)[None])
     except Exception as error:  # a damaged field can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise FormatError(f"{where / 'config.json'}: no rotary positions come of it ({reason:.200})") from None
     if tuple(cosine.shape) != (1, context, head_dim):
         raise SpecError(
