@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -32,7 +32,9 @@ def main(
     ] = False,
     runtime: Annotated[
         Literal["auto", "int8", "float32", "pytorch"],
-        typer.Option(help="pytorch, float32: the weights alone are certified; auto, int8: 8-bit activations too (as rescore)."),
+        typer.Option(
+            help="pytorch, float32: the weights alone are certified; auto, int8: 8-bit activations too (as rescore)."
+        ),
     ] = "pytorch",
     cache: Annotated[Path | None, typer.Option(help="Folder to keep the models' scores in.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the certificate here (JSON).")] = None,
