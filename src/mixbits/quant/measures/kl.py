@@ -19,13 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixbits.errors import DataError
-from mixbits.quant.curvature import evaluation_float32
-from mixbits.quant.grid import fake_quantize
 from mixbits.quant.measures.job import CountedLogits, Logits, Specs, causal_logits, prepare
 from mixbits.quant.measures.loss import FORWARD_SHARE
-from mixbits.quant.measures.replace import Score, one_at_a_time
+from mixbits.quant.measures.replace import Score, quantized_one_at_a_time
 from mixbits.quant.sensitivity import Sensitivities
-from mixbits.quant.units import unit_matrices
 from mixbits.spec import BitAllocation, ModelInventory
 
 
@@ -59,17 +56,7 @@ def measure_kl(
         full = counted(model, part[:, :-1]).log_softmax(-1)
         return lambda: _divergences(full, counted(model, part[:, :-1]))
 
-    with evaluation_float32(model):
-        own = {name: matrix.clone() for name, matrix in unit_matrices(model, inventory).items()}
-        units = one_at_a_time(
-            job,
-            reference=own,
-            candidate=lambda name, spec: fake_quantize(own[name], spec),
-            make_score=make_score,
-            same_start=around is None,
-            title="KL",
-            show_progress=show_progress,
-        )
+    units = quantized_one_at_a_time(job, make_score, same_start=around is None, title="KL", show_progress=show_progress)
     cost = FORWARD_SHARE * counted.num_tokens / job.num_read
     return Sensitivities("kl", inventory, units, cost, {**job.facts, "stderr": "over sequences"})
 

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from mixbits.quant.curvature import evaluation_float32, split_batches
-from mixbits.quant.grid import fake_quantize
 from mixbits.quant.measures.job import (
     CountedLogits,
     Logits,
@@ -30,7 +29,7 @@ from mixbits.quant.measures.job import (
     sequence_nats,
     unit_weights,
 )
-from mixbits.quant.measures.replace import one_at_a_time
+from mixbits.quant.measures.replace import quantized_one_at_a_time
 from mixbits.quant.measures.statistics import token_mean
 from mixbits.quant.sensitivity import Sensitivities
 from mixbits.quant.units import unit_matrices
@@ -63,17 +62,13 @@ def measure_loss(
         seed=seed, micro_batch_size=micro_batch_size, around=around, provenance=provenance,
     )  # fmt: skip
     counted = CountedLogits(logits)
-    with evaluation_float32(model):
-        own = {name: matrix.clone() for name, matrix in unit_matrices(model, inventory).items()}
-        units = one_at_a_time(
-            job,
-            reference=own,
-            candidate=lambda name, spec: fake_quantize(own[name], spec),
-            make_score=lambda part: lambda: sequence_nats(counted, model, part),
-            same_start=around is None,
-            title="loss",
-            show_progress=show_progress,
-        )
+    units = quantized_one_at_a_time(
+        job,
+        lambda part: lambda: sequence_nats(counted, model, part),
+        same_start=around is None,
+        title="loss",
+        show_progress=show_progress,
+    )
     cost = FORWARD_SHARE * counted.num_tokens / job.num_read
     return Sensitivities("loss", inventory, units, cost, {**job.facts, "stderr": "over sequences, paired"})
 

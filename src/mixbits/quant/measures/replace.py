@@ -3,7 +3,7 @@
 Loop: units, then micro-batches, then specs, so that the candidate weights of one unit and the logits of one micro-batch are
 all that is held, and whatever a score compares with (the full model's log-probabilities) is computed once for all specs of a unit.
 
-The model must be in evaluation mode: the pairs differ by the unit's weight alone.
+For :func:`one_at_a_time` the model must be in evaluation mode: the pairs differ by the unit's weight alone.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from collections.abc import Callable, Mapping
 import torch
 
 from mixbits.errors import DataError
+from mixbits.quant.curvature import evaluation_float32
+from mixbits.quant.grid import fake_quantize
 from mixbits.quant.measures.job import Job, unit_weights
 from mixbits.quant.measures.statistics import token_mean
 from mixbits.quant.progress import progress_bar
 from mixbits.quant.sensitivity import UnitSensitivity
+from mixbits.quant.units import unit_matrices
 from mixbits.spec import QuantSpec
 
 Score = Callable[[], torch.Tensor]
@@ -67,3 +70,20 @@ def one_at_a_time(
                 {s: float((w - own).double().square().sum()) for s, w in weights.items()},
             )
     return units
+
+
+def quantized_one_at_a_time(
+    job: Job, make_score: Callable[[torch.Tensor], Score], *, same_start: bool, title: str, show_progress: bool
+) -> dict[str, UnitSensitivity]:
+    """:func:`one_at_a_time` from every unit's own weight to that weight fake-quantized, the model in evaluation mode and float32."""
+    with evaluation_float32(job.model):
+        own = {name: matrix.clone() for name, matrix in unit_matrices(job.model, job.inventory).items()}
+        return one_at_a_time(
+            job,
+            reference=own,
+            candidate=lambda name, spec: fake_quantize(own[name], spec),
+            make_score=make_score,
+            same_start=same_start,
+            title=title,
+            show_progress=show_progress,
+        )
