@@ -113,6 +113,7 @@ def rescore_systems(
     cache: str | Path | None = None,
     interpolate: Literal["tuned", "equal"] = "tuned",
     max_hypotheses: int | None = None,
+    runtime: Runtime = "auto",
 ) -> dict[str, Any]:
     """Tune every system on ``dev``, apply it to every test list, compare with ``reference_system``.
 
@@ -120,6 +121,7 @@ def rescore_systems(
         systems: name → model directory. tests: name → list; the one named ``test``, else the first, is the headline.
         interpolate: see :class:`ScoreSettings`. max_hypotheses: only that many from the top of every list are looked at.
         cache: folder of kept LM scores, so that a second run needs no model.
+        runtime: what computes the scores, as in :class:`ScoreSettings`.
 
     Returns plain data for a summary: ``reference_system``, ``rows`` (name → entry on the headline list, see :func:`mixbits.pipeline.speech_rows.compare`),
     ``tests`` (list → name → entry), ``lists``, ``weights``, ``dev_wer``, ``gain_significant`` (headline list: ``reference_system``
@@ -129,7 +131,7 @@ def rescore_systems(
         SpecError: the reference system is missing, or a name is taken. DataError, FormatError: lists or models.
     """
     _check_names(systems, tests, reference_system)
-    settings = ScoreSettings(lower_case, max_tokens, scoring, cache, show_progress, interpolate)
+    settings = ScoreSettings(lower_case, max_tokens, scoring, cache, show_progress, interpolate, runtime)
     dev_file = _cut(read_nbest(dev), max_hypotheses)
     files = {name: _cut(read_nbest(path), max_hypotheses) for name, path in tests.items()}
     reference_texts(dev_file)
