@@ -52,7 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_commands_and_python_of_the_readme(folder: Path) -> None:
     lines = [line.split("#")[0] for block in _blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("mixbits ")]
-    assert [c[1] for c in commands] == ["train", "compress", "inspect", "evaluate", "certify", "rescore"]
+    assert [c[1] for c in commands] == ["train", "compress", "inspect", "verify", "evaluate", "certify", "rescore"]
     for command in commands:
         arguments = [*command[1:], *shlex.split(SMALL.get(command[1], ""))]
         allowed = (0, 1) if command[1] == "certify" else (0,)  # 1: after one epoch it need not be lossless

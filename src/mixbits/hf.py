@@ -96,8 +96,9 @@ class MixbitsQuantizer(HfQuantizer):
             raise FormatError("a packed model is loaded from its weight files; got none. Load it from its directory")
         config = self.quantization_config.to_dict()
         where = str(Path(checkpoint_files[0]).with_name("config.json"))
+        packed = read_units(config, where=where)
         weights = read_weight_files(checkpoint_files)
-        packed = verify_weights(weights, config, where=where)
+        verify_weights(weights, packed)
         replace_units(model, packed, where=where)
         check_names(model, weights)
         self.stored = weights.tensors

@@ -259,7 +259,7 @@ def test_every_flipped_bit_of_the_tensors_is_found(packed):
     (length,) = struct.unpack("<Q", whole[:8])
     parsed = read_weight_file(packed / FILE)
     rng = random.Random(0)
-    for at in range(8 + length, len(whole), 3):
+    for at in range(8 + length, len(whole), 7):
         data = bytearray(whole)
         data[at] ^= 1 << rng.randrange(8)
         (packed / FILE).write_bytes(data)

@@ -228,12 +228,10 @@ def _check_numbers(bits: npt.NDArray[np.uint16], *, is_shared_scale: bool, where
             raise FormatError(f"{where}: a shared scale is negative: the file is damaged")
 
 
-def verify_weights(weights: WeightSet, quantization_config: Any, *, where: str) -> PackedUnits:
-    """All checks of weight files against a ``quantization_config`` read from ``where``. Raises FormatError or DataError."""
-    packed = read_units(quantization_config, where=where)
+def verify_weights(weights: WeightSet, packed: PackedUnits) -> None:
+    """All checks of weight files against what ``quantization_config`` says of them. Raises FormatError or DataError."""
     check_tensors(weights, packed)
     check_values(weights, packed)
-    return packed
 
 
 def read_quantization_config(directory: str | Path) -> tuple[dict[str, Any], str]:
@@ -253,6 +251,7 @@ def verify_packed(directory: str | Path) -> tuple[WeightSet, PackedUnits]:
     field; DataError if files are missing.
     """
     config, where = read_quantization_config(directory)
-    read_units(config, where=where)
+    packed = read_units(config, where=where)
     weights = read_weights(directory)
-    return weights, verify_weights(weights, config, where=where)
+    verify_weights(weights, packed)
+    return weights, packed
