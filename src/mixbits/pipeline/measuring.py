@@ -107,7 +107,7 @@ class Measuring:
             batches,
             tuple(rows),
             seed=measure.seed,
-            prototypes={spec: unit_weights(row.model, self.inventory) for spec, row in rows.items()},
+            prototypes={spec: unit_weights(load_model(row.model)[0], self.inventory) for spec, row in rows.items()},
             base=base,
             untrained=_kept_wider(self.inventory, rows),
             show_progress=self.show_progress,
@@ -171,9 +171,8 @@ def _kept_wider(inventory: ModelInventory, specs: Iterable[QuantSpec]) -> list[s
     return [u.name for u in inventory.units if any(stored[u.name] != spec for spec, stored in uniform)]
 
 
-def unit_weights(packed: Path, inventory: ModelInventory) -> dict[str, torch.Tensor]:
-    """Unit name -> (rows, cols) float32 weight of a model directory, packed or not, with the units of ``inventory``."""
-    model, _ = load_model(packed)
+def unit_weights(model: Any, inventory: ModelInventory) -> dict[str, torch.Tensor]:
+    """Unit name -> (rows, cols) float32 weight of a loaded model, packed or not, with the units of ``inventory``."""
     plain = unit_matrices(model, ModelInventory(tuple(_unpacked_units(model, inventory)), ()))
     found = {}
     for unit in inventory.units:
@@ -201,7 +200,7 @@ def unpacked(packed: Path, full: Path) -> Any:
         for name, parameter in model.named_parameters():
             if name not in owned:
                 parameter.copy_(state[name])
-        weights = unit_weights(packed, inventory)
+        weights = unit_weights(other, inventory)
         parameters = unit_parameters(model, inventory)
         for unit in inventory.units:
             parameters[unit.name].copy_(as_matrix(weights[unit.name], unit.kind))
