@@ -14,6 +14,7 @@ from mixbits.lm.corpus import encode_file
 from mixbits.lm.perplexity import perplexity
 from mixbits.lm.train import TrainSettings
 from mixbits.pipeline import compress as module
+from mixbits.pipeline import quantize
 from mixbits.pipeline.manifest import verify_manifest
 from mixbits.pipeline.rows import TrainedRow
 from mixbits.pipeline.settings import MeasureSettings, QuantizeSettings
@@ -69,7 +70,7 @@ def test_the_whole_line_and_again(tmp_path, trained, texts, monkeypatch):
     monkeypatch.setattr(module, "measure_stream", lambda *a, **k: pytest.fail("must not measure"))
     larger = run(trained, texts, out, max_bytes=5200, overwrite=True)
     assert 4600 < larger.file_bytes <= 5200
-    monkeypatch.setattr(module, "train_quantized", lambda *a, **k: pytest.fail("must not train"))
+    monkeypatch.setattr(module, "train_and_pack", lambda *a, **k: pytest.fail("must not train"))
     back = run(trained, texts, out, max_bytes=4600, overwrite=True)
     assert back.file_bytes == size
     assert (out / "model.safetensors").read_bytes() == before
@@ -116,12 +117,12 @@ def test_rounding_only(tmp_path, trained, texts):
 
 def test_a_killed_run_goes_on(tmp_path, trained, texts, monkeypatch):
     whole = run(trained, texts, tmp_path / "whole", max_bytes=4600)
-    real = module.pack
-    monkeypatch.setattr(module, "pack", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = quantize.pack
+    monkeypatch.setattr(quantize, "pack", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(trained, texts, tmp_path / "out", max_bytes=4600)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(module, "pack", real)
+    monkeypatch.setattr(quantize, "pack", real)
     monkeypatch.setattr(module, "measure_stream", lambda *a, **k: pytest.fail("must not measure"))
     done = run(trained, texts, tmp_path / "out", max_bytes=4600)
     assert done.file_bytes == whole.file_bytes

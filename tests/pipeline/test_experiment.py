@@ -135,7 +135,7 @@ def test_again_is_instant_and_the_same(finished, monkeypatch):
     settings, path = finished
     before = {p: p.stat().st_mtime_ns for p in path.parent.rglob("*") if p.is_file()}
     expected = numbers(path)
-    for name in ("train_quantized", "perplexity", "pack"):
+    for name in ("train_and_pack", "perplexity"):
         monkeypatch.setattr(experiment, name, lambda *a, **k: pytest.fail("must not be called"))
     monkeypatch.setattr("mixbits.pipeline.measuring.measure_stream", lambda *a, **k: pytest.fail("must not measure"))
     monkeypatch.setattr("mixbits.pipeline.train.train_model", lambda *a, **k: pytest.fail("must not train"))

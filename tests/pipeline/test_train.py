@@ -14,7 +14,8 @@ from mixbits.lm.trainer import LMTrainer
 from mixbits.pipeline import train as train_module
 from mixbits.pipeline.prepare import split_sentences, split_text, training_context
 from mixbits.pipeline.settings import Vocabulary
-from mixbits.pipeline.train import train_from_text, work_folder
+from mixbits.pipeline.train import train_from_text
+from mixbits.pipeline.workplace import work_folder
 
 SIZE = {"num_layers": 1, "hidden_size": 16, "feed_forward_size": 32, "num_heads": 2, "context": 16}
 

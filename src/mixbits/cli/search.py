@@ -43,15 +43,14 @@ def main(
 
     Checkpoints lie in OUTPUT.work until it is done; an interrupted call is resumed by the same call.
     """
-    import shutil
-
     from mixbits.lm.checkpoint import load_model, model_hash
     from mixbits.pipeline.checks import check_file, check_full_precision, check_text
     from mixbits.pipeline.prepare import split_text, training_context
-    from mixbits.pipeline.rows import fingerprint, remove_without_checkpoint
+    from mixbits.pipeline.rows import fingerprint
     from mixbits.pipeline.search import search_precisions
     from mixbits.pipeline.search_settings import SearchSettings
     from mixbits.pipeline.settings import validate
+    from mixbits.pipeline.workplace import workplace
     from mixbits.quant.allocate import budget_bytes
     from mixbits.quant.sensitivity import write_sensitivities
     from mixbits.quant.units import find_units
@@ -73,21 +72,14 @@ def main(
     check_text(stream, context, text)
     check_text(held_out, context, valid or f"{text} (held-out part)")
     key = fingerprint("search", model_hash(model), settings.model_dump(), budget, stream.sha256, held_out.sha256)
-    work = output.with_name(output.name + ".work")
-    teacher = load_model(model)[0] if settings.teacher_weight else None
-    try:
+    with workplace(output, key) as work:
+        teacher = load_model(model)[0] if settings.teacher_weight else None
         found = search_precisions(
-            network, stream, held_out, settings, work / key[:16], max_bytes=budget, context=context, teacher=teacher
+            network, stream, held_out, settings, work, max_bytes=budget, context=context, teacher=teacher
         )
-    except BaseException:
-        remove_without_checkpoint(work / key[:16])
-        raise
-    write_sensitivities(output, found.sensitivities)
-    if preferences is not None:
-        write_json(preferences, found.preferences.to_json())
-    shutil.rmtree(work / key[:16], ignore_errors=True)
-    if not any(work.iterdir()):
-        work.rmdir()
+        write_sensitivities(output, found.sensitivities)
+        if preferences is not None:
+            write_json(preferences, found.preferences.to_json())
     _print(found)
     typer.echo(f"wrote {output}")
 

@@ -36,7 +36,8 @@ def main(
     from mixbits.lm.presets import ModelSize
     from mixbits.lm.train_settings import TrainSettings
     from mixbits.pipeline.settings import Vocabulary, validate
-    from mixbits.pipeline.train import train_from_text, work_folder
+    from mixbits.pipeline.train import train_from_text
+    from mixbits.pipeline.workplace import work_folder
 
     size = {
         "preset": preset, "num_layers": layers, "hidden_size": hidden, "feed_forward_size": feed_forward,

@@ -23,15 +23,16 @@ from mixbits.pipeline.evaluate import load_scorer
 from mixbits.pipeline.manifest import write_manifest
 from mixbits.pipeline.measure import measure_stream
 from mixbits.pipeline.prepare import split_text, training_context
-from mixbits.pipeline.quantize import pack, round_to_nearest, train_quantized
+from mixbits.pipeline.quantize import train_and_pack
 from mixbits.pipeline.rows import TrainedRow, fingerprint, run_row
 from mixbits.pipeline.settings import MeasureSettings, QuantizeSettings
-from mixbits.quant.allocate import allocate, budget_bytes
+from mixbits.pipeline.workplace import locked, work_folder
+from mixbits.quant.allocate import allocate, budget_bytes, check_budget
 from mixbits.quant.guard import Measured, Winner, choose_winner, uniform_allocations
 from mixbits.quant.sensitivity import Sensitivities, read_sensitivities, write_sensitivities
 from mixbits.quant.units import find_units
 from mixbits.runs import hash_file, read_json, write_json
-from mixbits.spec import BitAllocation, parse_specs
+from mixbits.spec import BitAllocation, ModelInventory, parse_specs
 
 _RESULT_FILE = "result.json"
 
@@ -74,9 +75,9 @@ def compress(
     Exactly one of ``ratio`` (4 bytes x parameters over bytes of the packed weight file), ``max_bytes`` and
     ``bits_per_weight``. ``train=False`` only rounds to the nearest codes. ``guard`` also makes the largest uniform model that fits
     and returns it if it has less validation loss, which takes the training time twice. ``overwrite`` replaces a model directory that is
-    there, made for another budget, say. Work files are kept in ``output``'s sibling ``<output>.work`` and used again.
-    Raises SpecError at once when the budget cannot be met, naming the smallest size; DataError when ``output`` is in use, the
-    model is broken or the text does not fit it.
+    there, made for another budget, say. Work files are kept in ``output``'s sibling ``<output>.work``, locked meanwhile, and used again.
+    Raises SpecError at once when the budget cannot be met, naming the smallest size; DataError when ``output`` is in use, by
+    another process too, the model is broken or the text does not fit it.
     """
     model, output = Path(model), Path(output)
     if not output.name or output.name == "..":
@@ -85,14 +86,13 @@ def compress(
         )
     if not (model / "config.json").is_file():
         raise DataError(f"{model}: no config.json; expected a Hugging Face model directory (mixbits train makes one)")
-    work = output.with_name(output.name + ".work")
+    work = work_folder(output)
     measure, quantize = measure or MeasureSettings(), quantize or QuantizeSettings()
     full_hash = model_hash(model)
-    budget_asked = {"ratio": ratio, "max_bytes": max_bytes, "bits_per_weight": bits_per_weight}
+    budget = {"ratio": ratio, "max_bytes": max_bytes, "bits_per_weight": bits_per_weight}
     texts = [hash_file(text), None if valid is None else hash_file(valid)]
-    request = fingerprint(
-        "compress", full_hash, texts, budget_asked, measure.model_dump(), quantize.model_dump(), train, guard
-    )
+    settings = [measure.model_dump(), quantize.model_dump(), train, guard]
+    request = fingerprint("compress", full_hash, texts, budget, *settings)
     done = _already_there(output, work, request)
     if done is not None:
         return done
@@ -100,74 +100,89 @@ def compress(
     full, tokenizer = load_model(model)
     check_full_precision(full, model)
     inventory = find_units(full)
-    budget = budget_bytes(inventory, ratio=ratio, bytes=max_bytes, bits_per_weight=bits_per_weight)
-    smallest_possible(inventory, measure, budget)
+    most = budget_bytes(inventory, ratio=ratio, bytes=max_bytes, bits_per_weight=bits_per_weight)
+    check_budget(inventory, parse_specs(measure.specs), max_bytes=most)
     context = training_context(full)
     quantize = quantize.model_copy(update={"train": quantize.train.model_copy(update={"context": context})})
     stream, held_out = split_text(tokenizer, text, valid)
     check_text(stream, context, text)
     if train:
         check_text(held_out, context, valid or f"{text} (held-out part)")
-    work.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is found out before the work
-    sensitivities = _measured(full, stream, measure, context, work, full_hash, show_progress=show_progress)
-    allocation = allocate(inventory, sensitivities, max_bytes=budget)
-    write_json(work / "allocation.json", allocation.to_json())
+    job = _Job(
+        model, output, work, full, tokenizer, full_hash, inventory, most, measure, quantize, train, stream, held_out, context,
+        show_progress,
+    )  # fmt: skip
+    with locked(work):  # a place that cannot be written to is found out before the work
+        return _run(job, request, guard=guard)
 
-    def make(bits: BitAllocation, title: str) -> TrainedRow:
-        """The packed model of an allocation, trained (or found finished) in a folder of its own."""
-        parts = [full_hash, bits.to_json()["specs"], quantize.model_dump(), stream.sha256, held_out.sha256, train]
-        key = fingerprint("compress", *parts)
 
-        def job(train_folder: Path, model_folder: Path) -> dict[str, Any]:
-            student, record = load_model(model)[0], dict[str, Any]()
-            if train:
-                weights, record = train_quantized(
-                    student, stream, held_out, bits, quantize, train_folder,
-                    teacher=full if quantize.train.needs_teacher else None, title=title, show_progress=show_progress,
-                )  # fmt: skip
-            else:
-                weights = round_to_nearest(student, bits)
-            how = quantize.method if train else "round to nearest"
-            card = {"source model sha256": full_hash, "training text sha256": stream.sha256, "method": how}
-            saved = pack(student, tokenizer, bits, weights, model_folder, card=card, overwrite=True)
-            return record | {
-                "bytes": saved.file_bytes,
-                "ratio": saved.compression_ratio,
-                "bits_per_weight": saved.bits_per_weight,
-            }
+@dataclass(frozen=True)
+class _Job:
+    """A call of :func:`compress` that can work: its arguments, read and checked."""
 
-        return run_row(work / key[:16], key, job)
+    source: Path
+    output: Path
+    work: Path
+    full: Any
+    tokenizer: Any
+    full_hash: str
+    inventory: ModelInventory
+    budget: int
+    measure: MeasureSettings
+    quantize: QuantizeSettings
+    train: bool
+    stream: TokenStream
+    held_out: TokenStream
+    context: int
+    show_progress: bool
 
-    row, record = make(allocation, "learned bits"), dict[str, Any]()
+
+def _run(job: _Job, request: str, *, guard: bool) -> Compressed:
+    """Measure, allocate, make the models, copy the winner to its place, and note what was done."""
+    sensitivities = _measured(job)
+    allocation = allocate(job.inventory, sensitivities, max_bytes=job.budget)
+    write_json(job.work / "allocation.json", allocation.to_json())
+    row, record = _made(job, allocation, "learned bits"), dict[str, Any]()
     if guard:
-        rivals = uniform_allocations(inventory, parse_specs(measure.specs), budget)[:1]
+        rivals = uniform_allocations(job.inventory, parse_specs(job.measure.specs), job.budget)[:1]
         for rival in (r for r in rivals if r.specs != allocation.specs):
-            other = make(rival, "uniform bits")
-            verdict = _compare(row, other, str(rival.provenance["method"]), held_out, context, budget)
+            other = _made(job, rival, "uniform bits")
+            name = str(rival.provenance["method"])
+            verdict = _compare(row, other, name, job.held_out, job.context, job.budget)
             record = {"guard": verdict.sentence}
             if not verdict.is_learned:
                 row, allocation = other, rival
     record = row.record | record
-    _copy_directory(row.model, output, work)
-    write_json(
-        work / _RESULT_FILE,
-        {
-            "request": request,
-            "weights_sha256": model_hash(output),
-            "allocation": allocation.to_json(),
-            "record": record,
-        },
-    )
+    _copy_directory(row.model, job.output, job.work)
+    result = {"request": request, "weights_sha256": model_hash(job.output)}
+    write_json(job.work / _RESULT_FILE, {**result, "allocation": allocation.to_json(), "record": record})
+    settings = {"measure": job.measure.model_dump(), "quantize": job.quantize.model_dump()}
     write_manifest(
-        work,
-        seed=quantize.train.seed,
-        settings={"measure": measure.model_dump(), "quantize": quantize.model_dump(), "budget": budget, "train": train},
-        data={"train": stream.sha256, "valid": held_out.sha256},
-        models={"full": model, "packed": output},
+        job.work,
+        seed=job.quantize.train.seed,
+        settings={**settings, "budget": job.budget, "train": job.train},
+        data={"train": job.stream.sha256, "valid": job.held_out.sha256},
+        models={"full": job.source, "packed": job.output},
         sensitivities=[sensitivities],
         allocations={"packed": allocation},
     )
-    return _result(output, allocation, record)
+    return _result(job.output, allocation, record)
+
+
+def _made(job: _Job, bits: BitAllocation, title: str) -> TrainedRow:
+    """The packed model of an allocation, trained (or found finished) in a folder of its own."""
+    parts = [bits.to_json()["specs"], job.quantize.model_dump(), job.stream.sha256, job.held_out.sha256, job.train]
+    key = fingerprint("compress", job.full_hash, *parts)
+
+    def work(train_folder: Path, model_folder: Path) -> dict[str, Any]:
+        saved, record = train_and_pack(
+            job.source, model_folder, bits, job.quantize if job.train else None, job.stream, job.held_out, train_folder,
+            tokenizer=job.tokenizer, source_hash=job.full_hash, teacher=job.full, title=title, show_progress=job.show_progress,
+        )  # fmt: skip
+        size = {"bytes": saved.file_bytes, "ratio": saved.compression_ratio, "bits_per_weight": saved.bits_per_weight}
+        return record | size
+
+    return run_row(job.work / key[:16], key, work)
 
 
 def _compare(
@@ -210,27 +225,11 @@ def _copy_directory(source: Path, target: Path, work: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def smallest_possible(inventory: Any, measure: MeasureSettings, budget: int) -> None:
-    """Refuse an impossible budget before anything is measured: SpecError naming the smallest size."""
-    from mixbits.quant.allocate import check_budget
-
-    check_budget(inventory, parse_specs(measure.specs), max_bytes=budget)
-
-
-def _measured(
-    model: Any,
-    stream: TokenStream,
-    settings: MeasureSettings,
-    context: int,
-    work: Path,
-    full_hash: str,
-    *,
-    show_progress: bool,
-) -> Sensitivities:
-    key = fingerprint("measure", full_hash, stream.sha256, settings.model_dump(), context)
-    path = work / f"sensitivities-{key[:16]}.json"
+def _measured(job: _Job) -> Sensitivities:
+    key = fingerprint("measure", job.full_hash, job.stream.sha256, job.measure.model_dump(), job.context)
+    path = job.work / f"sensitivities-{key[:16]}.json"
     if path.is_file():
         return read_sensitivities(path)
-    found = measure_stream(model, stream, settings, context=context, show_progress=show_progress)
+    found = measure_stream(job.full, job.stream, job.measure, context=job.context, show_progress=job.show_progress)
     write_sensitivities(path, found)
     return found

@@ -25,11 +25,12 @@ from mixbits.pipeline.evaluate import load_scorer
 from mixbits.pipeline.manifest import write_manifest
 from mixbits.pipeline.measuring import Measuring, prototype_rows
 from mixbits.pipeline.prepare import PreparedText, prepare_text
-from mixbits.pipeline.quantize import pack, train_quantized
+from mixbits.pipeline.quantize import train_and_pack
 from mixbits.pipeline.rows import TrainedRow, fingerprint, run_row
 from mixbits.pipeline.settings import ExperimentSettings, Row, validate
 from mixbits.pipeline.summarize import Evaluated, Finished, average_seeds, baseline_name, summarize
 from mixbits.pipeline.train import train_continued, train_full
+from mixbits.pipeline.workplace import locked
 from mixbits.quant.allocate import allocate, budget_bytes, check_budget
 from mixbits.quant.groups import group_units
 from mixbits.quant.progressive import check_stages
@@ -48,8 +49,8 @@ def run_experiment(
     """Run a recipe into ``folder`` and return the path of its ``summary.json``.
 
     Rows that are already there with the same settings and data are not trained again; an interrupted row is resumed; rows may be
-    added. Raises, before anything is trained or touched: DataError when ``folder`` holds a run with other settings or other text, or a
-    file is missing; SpecError when a budget cannot be met.
+    added. Raises, before anything is trained or touched: DataError when ``folder`` holds a run with other settings or other text, another
+    process is at work in it, or a file is missing; SpecError when a budget cannot be met.
     """
     folder = Path(folder)
     path = folder / SUMMARY_FILE
@@ -84,7 +85,11 @@ def run_seed(settings: ExperimentSettings, folder: Path, *, show_progress: bool 
     check_same_settings(settings, folder / SETTINGS_FILE)
     text = prepare_text(settings)
     _check_before_training(settings, text)
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        return _run_rows(settings, text, folder, show_progress=show_progress)
+
+
+def _run_rows(settings: ExperimentSettings, text: PreparedText, folder: Path, *, show_progress: bool) -> Finished:
     write_json(folder / SETTINGS_FILE, settings.model_dump())
     full = train_full(settings, text, folder / "full", show_progress=show_progress)
     continued = train_continued(settings, text, full, folder / "full-continued", show_progress=show_progress)
@@ -221,16 +226,11 @@ def _train_row(run: Measuring, row: Row, allocation: BitAllocation) -> TrainedRo
     key = fingerprint("row", full_hash, allocation.to_json()["specs"], quantize.model_dump(), text.hashes, start)
 
     def work(train_folder: Path, model_folder: Path) -> dict[str, Any]:
-        model, _ = load_model(full.model)
-        if row.start == "prototypes":
-            model.load_state_dict(starting_weights(run.inventory, allocation, run.prototypes()))
-        teacher = load_model(full.model)[0] if quantize.train.needs_teacher else None
-        weights, record = train_quantized(
-            model, text.train, text.valid, allocation, quantize, train_folder,
-            teacher=teacher, title=row.name, show_progress=run.show_progress,
+        weights = None if start is None else starting_weights(run.inventory, allocation, run.prototypes())
+        saved, record = train_and_pack(
+            full.model, model_folder, allocation, quantize, text.train, text.valid, train_folder,
+            tokenizer=text.tokenizer, source_hash=full_hash, start=weights, title=row.name, show_progress=run.show_progress,
         )  # fmt: skip
-        card = {"source model sha256": full_hash, "training text sha256": text.train.sha256, "method": quantize.method}
-        saved = pack(model, text.tokenizer, allocation, weights, model_folder, card=card, overwrite=True)
         return record | {
             "method": quantize.method,
             "bytes": saved.file_bytes,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from mixbits.lm.train import TrainSettings, train_model, training_device
 from mixbits.packing.checkpoint import SavedModel, save_packed
 from mixbits.pipeline.checks import check_full_precision, check_output, check_text
 from mixbits.pipeline.prepare import split_text, training_context
-from mixbits.pipeline.rows import figures_log, fingerprint, remove_without_checkpoint
+from mixbits.pipeline.rows import figures_log, fingerprint
 from mixbits.pipeline.settings import QuantizeSettings
+from mixbits.pipeline.workplace import workplace
 from mixbits.quant.admm import Admm
 from mixbits.quant.grid import dequantize
 from mixbits.quant.method import on_cpu, quantize_units, trained_units
@@ -153,6 +155,44 @@ def pack(
     )
 
 
+def train_and_pack(
+    source: Path,
+    output: Path,
+    allocation: BitAllocation,
+    settings: QuantizeSettings | None,
+    train: TokenStream,
+    valid: TokenStream,
+    work: Path,
+    *,
+    tokenizer: Any,
+    source_hash: str,
+    teacher: Any = None,
+    start: Mapping[str, torch.Tensor] | None = None,
+    title: str = "quantized",
+    show_progress: bool = True,
+) -> tuple[SavedModel, dict[str, Any]]:
+    """Train the model directory ``source`` quantized, and pack it as ``output``: a row of an experiment, or of ``compress``.
+
+    ``settings``: None only rounds to the nearest codes; ``teacher``: where settings need one (default: ``source``, loaded); ``start``:
+    other weights to start from than ``source``'s. Returns the packed model and what training found (:func:`train_quantized`).
+    """
+    student, record = load_model(source)[0], dict[str, Any]()
+    if start is not None:
+        student.load_state_dict(start)
+    if settings is None:
+        weights = round_to_nearest(student, allocation)
+    else:
+        if settings.train.needs_teacher and teacher is None:
+            teacher = load_model(source)[0]
+        weights, record = train_quantized(
+            student, train, valid, allocation, settings, work,
+            teacher=teacher if settings.train.needs_teacher else None, title=title, show_progress=show_progress,
+        )  # fmt: skip
+    method = "round to nearest" if settings is None else settings.method
+    card = {"source model sha256": source_hash, "training text sha256": train.sha256, "method": method}
+    return pack(student, tokenizer, allocation, weights, output, card=card, overwrite=True), record
+
+
 def quantize_model(
     model: str | Path,
     output: str | Path,
@@ -168,7 +208,7 @@ def quantize_model(
     """Quantize a model directory under an allocation file (or one ``spec`` for all units) and write a packed one.
 
     Without ``text`` the weights are only rounded. Checkpoints lie in ``<output>.work`` until it is done; an interrupted call is
-    resumed by the same call. Raises DataError (``output`` in use, broken model, unfit text), SpecError (wrong allocation).
+    resumed by the same call. Raises DataError (``output`` in use, by another process too, broken model, unfit text), SpecError (wrong allocation).
     """
     model, output = Path(model), Path(output)
     check_output(output, model, overwrite=overwrite)
@@ -196,18 +236,10 @@ def quantize_model(
     key = fingerprint(
         "quantize", full_hash, bits.to_json()["specs"], settings.model_dump(), stream.sha256, held_out.sha256
     )
-    work = output.with_name(output.name + ".work")
-    teacher = load_model(model)[0] if settings.train.needs_teacher else None
-    try:
-        weights, _ = train_quantized(
-            student, stream, held_out, bits, settings, work / key[:16], teacher=teacher, show_progress=show_progress
-        )
-    except BaseException:
-        remove_without_checkpoint(work / key[:16])
-        raise
     card["training text sha256"] = stream.sha256
-    saved = pack(student, tokenizer, bits, weights, output, card=card, overwrite=overwrite)
-    shutil.rmtree(work / key[:16], ignore_errors=True)
-    if not any(work.iterdir()):
-        work.rmdir()
-    return saved
+    with workplace(output, key) as work:
+        teacher = load_model(model)[0] if settings.train.needs_teacher else None
+        weights, _ = train_quantized(
+            student, stream, held_out, bits, settings, work, teacher=teacher, show_progress=show_progress
+        )
+        return pack(student, tokenizer, bits, weights, output, card=card, overwrite=overwrite)

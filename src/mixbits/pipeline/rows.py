@@ -80,14 +80,6 @@ def run_row(folder: Path, key: str, work: Callable[[Path, Path], dict[str, Any]]
     return TrainedRow(folder, record)
 
 
-def remove_without_checkpoint(folder: Path) -> None:
-    """Remove the work folder of a run that failed before it left anything to resume from, and its parent if that is empty then."""
-    if folder.is_dir() and not any(any(folder.rglob(name)) for name in ("checkpoint-*", "codes.pt")):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
-
-
 def figures_log(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Validation losses and a method's figures from Trainer's log, without the running training losses."""
     return [{k: v for k, v in entry.items() if k != "epoch"} for entry in log if "loss" not in entry]

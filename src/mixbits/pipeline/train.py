@@ -17,6 +17,7 @@ from mixbits.pipeline.checks import check_text
 from mixbits.pipeline.prepare import PreparedText, split_sentences
 from mixbits.pipeline.rows import TrainedRow, figures_log, fingerprint, run_row
 from mixbits.pipeline.settings import ExperimentSettings, Vocabulary
+from mixbits.pipeline.workplace import locked, work_folder
 from mixbits.runs import read_json, write_json
 
 
@@ -80,12 +81,6 @@ def train_continued(
     return run_row(folder, key, work)
 
 
-def work_folder(output: str | Path) -> Path:
-    """Where the checkpoints of a model directory to be lie: ``<output>.work``."""
-    output = Path(output)
-    return output.with_name(output.name + ".work")
-
-
 def _claim(work: Path, key: str, *, resume: bool) -> None:
     """Note what the work folder is for. Raises DataError when it holds checkpoints of something else."""
     started = work / "started.json"
@@ -114,7 +109,7 @@ def train_from_text(
 
     A word-level vocabulary is that of the training sentences (held-out ones aside). Checkpoints lie in ``<output>.work`` until it
     is done. Returns {"valid_nats", "valid_ppl", "num_parameters", "steps"}. Raises DataError when ``output`` is there already, or
-    its work folder is of other settings or another text.
+    its work folder is of other settings or another text, or another process is at work in it.
     """
     output = Path(output)
     if output.exists():
@@ -133,17 +128,18 @@ def train_from_text(
     key = fingerprint(
         "train", size.model_dump(), settings.model_dump(), tokenizer.get_vocab(), train.sha256, held_out.sha256
     )
-    _claim(work, key, resume=resume)
-    try:
-        found = train_model(
-            model, train, held_out, settings, work, resume=resume, title="training", show_progress=show_progress
-        )
-    except BaseException:
-        if last_complete_checkpoint(work) is None:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    save_model(model.eval(), tokenizer, output)
-    shutil.rmtree(work, ignore_errors=True)
+    with locked(work):
+        _claim(work, key, resume=resume)
+        try:
+            found = train_model(
+                model, train, held_out, settings, work, resume=resume, title="training", show_progress=show_progress
+            )
+        except BaseException:
+            if last_complete_checkpoint(work) is None:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        save_model(model.eval(), tokenizer, output)
+        shutil.rmtree(work, ignore_errors=True)
     return {
         "valid_nats": found["valid_nats"],
         "valid_ppl": math.exp(min(found["valid_nats"], 700.0)),
