@@ -59,7 +59,9 @@ def main(folder: Path) -> int:
     with tempfile.TemporaryDirectory() as target:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
         subprocess.run([*pip, "--target", target, str(wheel)], check=True)
-        code = f"import sys; sys.path.insert(0, sys.argv[1]){USE_IT}"
+        # An editable installation's finder would come first, before any path.
+        only_paths = "sys.meta_path = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]"
+        code = f"import sys; {only_paths}; sys.path.insert(0, sys.argv[1]){USE_IT}"
         subprocess.run(
             [sys.executable, "-c", code, target, "compiled" if compiled else "none"],
             check=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mixbits.asr.features import FEATURES, FeatureTable, feature_table, has_lm_score
@@ -58,6 +58,7 @@ def _errors_at(t: float, a: np.ndarray, b: np.ndarray, errors: np.ndarray, offse
 
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 10**6), num_lists=st.integers(1, 12), whole=st.booleans())
+@example(seed=1_000_000, num_lists=7, whole=True)
 def test_step_function_equals_brute_force(seed: int, num_lists: int, whole: bool) -> None:
     rng = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(rng.integers(1, 9, size=num_lists))])
