@@ -79,7 +79,9 @@ def test_step_function_equals_brute_force(seed: int, num_lists: int, whole: bool
     t, value = clipped.best_point()
     assert -0.7 < t < 1.3
     if len(clipped.values) > 1 and np.diff(clipped.edges).max() > 1e-6:
-        assert _errors_at(t, a, b, errors, offsets) == value
+        # With whole numbers the middle may be a point where three lines meet, and the third wins there alone, by the tie.
+        near = (t, t - 1e-7, t + 1e-7) if whole else (t,)
+        assert value in {_errors_at(point, a, b, errors, offsets) for point in near}
 
 
 def test_best_rows_takes_the_first_of_equals() -> None:
