@@ -15,7 +15,7 @@ TEST_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 
-.PHONY: setup demo test lint build clean distclean
+.PHONY: setup demo test lint build bench-speed clean distclean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed-all
@@ -56,6 +56,10 @@ build: setup
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
 	@ls -l dist
+
+# Speed and memory against PyTorch (and llama.cpp, see benchmarks/bench_speed.py); needs an idle machine.
+bench-speed: setup
+	$(BIN)/python benchmarks/bench_speed.py --output results/speed.json
 
 clean:
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
