@@ -1,17 +1,29 @@
 // Every instruction set of the CPU library against its scalar code, to the bit, through the C interface alone: products, embeddings,
 // log-softmax, forests and steps of small OPT and Llama models. Prints the instruction sets and the number of comparisons; exits
-// with 1 at the first difference. Built by test_cross_compile.py for other processors and by test_sanitizers.py with ThreadSanitizer.
+// with 1 at the first difference, and if a step of few streams allocates memory. Built by test_isas.py, also for other processors, and
+// by test_sanitizers.py with sanitizers.
 //
 // Usage: compare_isas NUM_THREADS
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <new>
 #include <string>
 #include <vector>
 
 #include "mixbits.h"
+
+std::atomic<int64_t> allocations{0};  // of the library, too: it takes operator new from this program
+void* operator new(size_t size) {
+  ++allocations;
+  if (void* p = std::malloc(size ? size : 1)) return p;
+  throw std::bad_alloc();
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, size_t) noexcept { std::free(p); }
 
 namespace {
 
@@ -200,7 +212,9 @@ void models() {
       for (int64_t max_rows : {1, 40, 1000})
         compare("forest of model " + std::to_string(which), [&] {
           std::vector<float> y(150);
+          const int64_t before = allocations;
           need(mb_score_forest(&model.m, activations, tokens.data(), parents.data(), 150, max_rows, y.data()), "forest");
+          if (allocations == before) std::printf("the library's allocations are not seen\n"), std::exit(1);
           return y;
         });
     for (int64_t count : {1, 3, 50})
@@ -210,7 +224,9 @@ void models() {
         std::vector<int64_t> numbers_of(static_cast<size_t>(count));
         for (int64_t i = 0; i < count; ++i) numbers_of[static_cast<size_t>(i)] = 49 - i;
         for (int64_t step = 0; step < 3; ++step) {
+          const int64_t before = allocations;
           need(mb_step(streams, numbers_of.data(), tokens.data() + step, count, y.data()), "step");
+          if (step > 0 && count < 12 && allocations != before) std::printf("a step allocates\n"), std::exit(1);
           all.insert(all.end(), y.begin(), y.end());
         }
         mb_state_free(streams);
