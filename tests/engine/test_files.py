@@ -254,3 +254,42 @@ def test_size_at_rest(zoo):
     padded = [(-(-r // 64) * 64, -(-c // 32) * 32) for r, c in shapes]
     tables = 2 * config.max_position_embeddings * 34 * 4
     assert engine.num_bytes == sum(r * c // 2 + 4 * r for r, c in padded) + tables + 5 * 136 * 4
+
+
+def test_random_forests_are_accepted_if_and_only_if_they_are_forests(zoo):
+    """Parents drawn at random: what the library says is what the definition says, and refused calls do not disturb later ones."""
+
+    class Forest:
+        pass
+
+    def is_forest(parents):
+        root, depth = 0, {}
+        for node, parent in enumerate(parents):
+            if parent == -1:
+                root, depth[node] = node, 0
+            elif root <= parent < node and parents[0] == -1:
+                depth[node] = depth[parent] + 1
+            else:
+                return False
+        return True
+
+    rng = np.random.default_rng(5)
+    engine = zoo("llama-grouped-tied").engine()
+    expected = engine.score([[1, 2, 3]])
+    accepted = 0
+    for _ in range(2000):
+        size = int(rng.integers(1, 7))
+        parents = [
+            int(rng.integers(-2 if rng.random() < 0.1 else -1, max(node, 1) + (rng.random() < 0.1)))
+            for node in range(size)
+        ]
+        forest = Forest()
+        forest.tokens, forest.parents = rng.integers(0, 41, size), np.array(parents)
+        if is_forest(parents):
+            accepted += 1
+            assert np.isfinite(engine.score_forest(forest)).all()
+        else:
+            with pytest.raises(DataError, match="not a forest"):
+                engine.score_forest(forest)
+    assert 500 < accepted < 1500
+    assert np.array_equal(engine.score([[1, 2, 3]]), expected)
