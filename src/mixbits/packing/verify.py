@@ -5,7 +5,7 @@ checked here on the files alone: header, tensor names, dtypes and shapes against
 each tensor's checksum. That the names belong to the model's own layers is checked by `mixbits.hf`, which has the model.
 
 Checksums stand in config.json, by tensor name, not in the weight file: they bind the two files together, the weight file's bytes
-are those of version 1, and byte budgets are not touched. CRC-32 of zlib: 100 MB in 0.1 to 0.2 s a core, and tensors are
+are those of version 1, and byte budgets are not touched. CRC-32 of zlib, about 0.05 s for 100 MB, and tensors are
 checked in parallel, in place in the memory map. Limits: no protection against malice, only against damage and mix-ups; files of
 version 1 have no checksums, so there a flipped bit inside a valid code goes unnoticed.
 """
