@@ -3,6 +3,7 @@
 # make test    set up and run the tests                              make clean   remove what make made, .venv aside
 #
 # PYTHON=python3.12 make setup   chooses the interpreter (3.10 or newer).
+# make bench-speed   speed of packed models on this processor (minutes; benchmarks/README.md); BENCH_ARGS="--rounds 5" adds arguments.
 # TEST_ARGS="-k wer" make test   passes arguments to pytest.  TEST_WORKERS=4 uses more processes.
 
 PYTHON ?= python3
@@ -12,6 +13,7 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard src/mixbits/kernels/csrc/*)
 TEST_WORKERS ?= 2
 TEST_ARGS ?=
+BENCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 
@@ -57,9 +59,9 @@ build: setup
 	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
 	@ls -l dist
 
-# Speed and memory against PyTorch (and llama.cpp, see benchmarks/bench_speed.py); needs an idle machine.
+# Speed and memory against PyTorch (and llama.cpp: benchmarks/README.md); needs an idle machine.
 bench-speed: setup
-	$(BIN)/python benchmarks/bench_speed.py --output results/speed.json
+	$(BIN)/python benchmarks/bench_speed.py $(BENCH_ARGS) --output results/speed.json
 
 clean:
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
