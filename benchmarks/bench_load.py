@@ -111,9 +111,9 @@ def measure_here(directory: Path, tiny: Path) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     weights, _ = verify_packed(directory)
     verify_seconds, verify_cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    with weights.open() as reader:
-        for stored in weights.tensors:
-            assert torch.equal(tensors[stored.name].to(reader.tensor(stored).dtype), reader.tensor(stored)), stored.name
+    reader = weights.reader()
+    for stored in weights.tensors:
+        assert torch.equal(tensors[stored.name].to(reader.tensor(stored).dtype), reader.tensor(stored)), stored.name
     assert touched > 0
     return {
         "seconds": seconds,

@@ -282,8 +282,8 @@ class Base:
             keep_part(folder)
         base = cls(folder, {path.name: path.read_bytes() for path in sorted(folder.iterdir())}, is_whole)
         weights, _ = verify_packed(folder)
-        with weights.open() as reader:
-            base.tensors = {t.name: reader.raw(t).tobytes() for t in weights.tensors}
+        reader = weights.reader()
+        base.tensors = {t.name: reader.raw(t).tobytes() for t in weights.tensors}
         return base
 
 
@@ -297,8 +297,8 @@ def keep_part(folder: Path) -> None:
         unarchive_packed(folder)
     weights = read_weights(folder)
     stored = [t for t in weights.tensors if any(part in t.name for part in PART)]
-    with weights.open() as reader:
-        tensors = {t.name: reader.tensor(t) for t in stored}
+    reader = weights.reader()
+    tensors = {t.name: reader.tensor(t) for t in stored}
     written = write_weights(folder, stored, tensors, max_shard_bytes=1000 if is_split else MAX_SHARD_BYTES)
     if "checksums" in found:
         found["checksums"] = written.checksums
@@ -323,21 +323,19 @@ def make_case(bases: list[Base], seed: int, number: int) -> tuple[Base, str, dic
 
 def check_clean(base: Base, weights: WeightSet, packed: PackedUnits, damage: str) -> None:
     """What was read without complaint is harmless: raises AssertionError."""
-    with weights.open() as reader:
-        if packed.checksums is not None and damage != "spoil_values":
-            assert {t.name: reader.raw(t).tobytes() for t in weights.tensors} == base.tensors, (
-                "other tensors, unnoticed"
-            )
-            return
-        for tensor in weights.tensors:
-            if tensor.dtype == "F16":
-                assert bool(np.isfinite(reader.array(tensor)).all()), "numbers that are not finite"
-        for unit in packed.units:
-            spec = packed.specs[unit.name]
-            if spec.is_quantized:
-                count = spec.num_codes(unit.rows, unit.cols)
-                histogram = code_histogram(reader.raw(weights.by_name[unit.weight]), spec, count)
-                assert int(histogram.sum()) == count, "codes that are no level"
+    reader = weights.reader()
+    if packed.checksums is not None and damage != "spoil_values":
+        assert {t.name: reader.raw(t).tobytes() for t in weights.tensors} == base.tensors, "other tensors, unnoticed"
+        return
+    for tensor in weights.tensors:
+        if tensor.dtype == "F16":
+            assert bool(np.isfinite(reader.array(tensor)).all()), "numbers that are not finite"
+    for unit in packed.units:
+        spec = packed.specs[unit.name]
+        if spec.is_quantized:
+            count = spec.num_codes(unit.rows, unit.cols)
+            histogram = code_histogram(reader.raw(weights.by_name[unit.weight]), spec, count)
+            assert int(histogram.sum()) == count, "codes that are no level"
 
 
 def outcome(base: Base, damage: str, *, against_model: bool) -> str:

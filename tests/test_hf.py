@@ -464,9 +464,9 @@ def _rewrite(directory, rename=None, drop=(), add=None):
     _edit_config(directory, lambda q: q.update(format_version=1))
     parsed = read_weight_file(directory / "model.safetensors")
     rename = rename or {}
-    with parsed.open() as reader:
-        stored = [t for t in parsed.tensors if t.name not in drop]
-        tensors = {rename.get(t.name, t.name): reader.tensor(t) for t in stored}
+    reader = parsed.reader()
+    stored = [t for t in parsed.tensors if t.name not in drop]
+    tensors = {rename.get(t.name, t.name): reader.tensor(t) for t in stored}
     new = [type(t)(rename.get(t.name, t.name), t.dtype, t.shape) for t in stored]
     for entry, tensor in (add or {}).items():
         new.append(entry)

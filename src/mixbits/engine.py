@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbits.engine_model import build_model, read_model, unsupported
-from mixbits.errors import DataError, KernelUnavailable, SpecError
+from mixbits.errors import DataError, SpecError
 from mixbits.kernels import cpu
 from mixbits.kernels.cpu import Activations
 
@@ -86,6 +86,7 @@ class Engine:
 
     @property
     def vocabulary_size(self) -> int:
+        """Number of token ids."""
         return int(self._model.embedding.rows)
 
     @property
@@ -194,9 +195,9 @@ class Engine:
         text = self._library.mb_error_text(error).decode()
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocabulary_size:
             text += f": ids from {tokens.min()} to {tokens.max()}, vocabulary of {self.vocabulary_size}; use the model's own tokenizer"
-        elif "context" in text:
+        elif error == cpu.TOO_LONG:
             text += f" of {self.context} positions"
-        if "out of memory" in text:
+        if error == cpu.NO_MEMORY:
             raise MemoryError(text)
         raise DataError(f"{self.directory}: {text}")
 
@@ -222,6 +223,3 @@ def _whole(values: Any, what: str) -> IntArray:
 class _Arrays:
     tokens: IntArray
     parents: IntArray
-
-
-__all__ = ["Engine", "KernelUnavailable", "unsupported"]

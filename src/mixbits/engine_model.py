@@ -8,7 +8,6 @@ config.json describes, and every tensor of the architecture must be there. Limit
 from __future__ import annotations
 
 import ctypes
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ import torch
 from mixbits.errors import FormatError, SpecError
 from mixbits.kernels import cpu
 from mixbits.kernels.cpu import LayerStruct, MatrixStruct, ModelStruct, PackedMatrix
-from mixbits.packing.verify import read_quantization_config, read_units, verify_packed
+from mixbits.packing.config import read_config
+from mixbits.packing.verify import read_units, verify_packed
 from mixbits.packing.weightfile import TensorReader
-from mixbits.scales import compact_scale, join_scale
+from mixbits.scales import stored_scale
 from mixbits.spec import QuantSpec, StoredTensor
 
 _ACTIVATION_NUMBERS = {
@@ -60,12 +60,11 @@ def unsupported(directory: str | Path) -> str | None:
     """
     if not cpu.is_available():
         return cpu.why_unavailable()
-    quantization, where = read_quantization_config(directory)
-    packed = read_units(quantization, where=where)
+    config = read_config(directory)
+    packed = read_units(config["quantization_config"], where=str(Path(directory) / "config.json"))
     for unit in packed.units:
         if packed.specs[unit.name].is_product:
             return f"unit {unit.name} is product-quantized ({packed.specs[unit.name]})"
-    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     return _unsupported_config(config)
 
 
@@ -108,8 +107,6 @@ def read_model(directory: Path) -> Loaded:
     from transformers import AutoConfig
 
     weights, packed = verify_packed(directory)
-    with weights.open() as reader:
-        kept = reader
     ties = {other: unit.name for unit in packed.units for other in unit.tied}
     shapes = {unit.name: (unit.rows, unit.cols) for unit in packed.units}
     try:
@@ -117,7 +114,7 @@ def read_model(directory: Path) -> Loaded:
     except Exception as error:  # a damaged field can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FormatError(f"{directory / 'config.json'}: transformers cannot read it ({reason:.200})") from None
-    return Loaded(config, packed.specs, shapes, ties, {t.name: t for t in weights.tensors}, kept)
+    return Loaded(config, packed.specs, shapes, ties, {t.name: t for t in weights.tensors}, weights.reader())
 
 
 class Builder:
@@ -131,6 +128,7 @@ class Builder:
         self._used: set[str] = set()
 
     def is_tied(self, name: str) -> bool:
+        """Whether a layer has its matrix from another one."""
         return name in self._loaded.ties
 
     def matrix(self, name: str) -> MatrixStruct:
@@ -152,11 +150,8 @@ class Builder:
                 )
             return cpu.repack(codes, None, spec, *codes.shape)
         rows, cols = self._loaded.shapes[name]
-        stored = self._tensor(f"{name}.scales")
-        if spec.scale_bits == 8:
-            scale = join_scale(stored.view(-1, 1), compact_scale(self._tensor(f"{name}.scale_codes"), spec, cols))
-        else:
-            scale = compact_scale(stored.float(), spec, cols)
+        scale_codes = self._tensor(f"{name}.scale_codes") if spec.scale_bits == 8 else None
+        scale = stored_scale(self._tensor(f"{name}.scales"), scale_codes, spec, cols)
         return cpu.repack(codes, scale, spec, rows, cols)
 
     def vector(self, name: str, size: int, *, wanted: bool = True) -> int | None:
@@ -169,6 +164,7 @@ class Builder:
         return self.keep(found.float())
 
     def keep(self, tensor: torch.Tensor) -> int:
+        """Hold a float32 tensor for as long as the builder lives; returns its address."""
         tensor = tensor.contiguous()
         self.kept.append(tensor)
         self.num_bytes += 4 * tensor.numel()

@@ -289,7 +289,7 @@ def load(
     read_units(config, where=where)
     paths = weight_paths(directory)
     if all(path.exists() for path in paths):
-        model = _from_pretrained(directory, dtype)
+        model = _from_pretrained(directory, dtype, is_unpacked="archive" in config)
     elif any(archived(path).exists() for path in paths):
         with tempfile.TemporaryDirectory(prefix="mixbits-", ignore_cleanup_errors=True) as folder:
             model = _from_pretrained(unarchive_packed(directory, Path(folder) / "model"), dtype)
@@ -308,11 +308,10 @@ def load(
     return model
 
 
-def _from_pretrained(directory: Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
+def _from_pretrained(directory: Path, dtype: torch.dtype | str | None, *, is_unpacked: bool = False) -> PreTrainedModel:
+    """``is_unpacked``: by another program, which does not know of ``quantization_config.archive``."""
     options: dict[str, Any] = {"dtype": dtype or torch.float32, "local_files_only": True}
-    if (
-        "archive" in read_quantization_config(directory)[0]
-    ):  # unpacked by another program, which does not know of the field
+    if is_unpacked:
         options["config"] = AutoConfig.from_pretrained(directory, local_files_only=True)
         options["config"].quantization_config.pop("archive")
     return AutoModelForCausalLM.from_pretrained(directory, **options)

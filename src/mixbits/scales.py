@@ -31,6 +31,13 @@ def compact_scale(flat: torch.Tensor, spec: QuantSpec, cols: int) -> torch.Tenso
     return flat.reshape(-1, spec.num_groups(cols))
 
 
+def stored_scale(scales: torch.Tensor, scale_codes: torch.Tensor | None, spec: QuantSpec, cols: int) -> torch.Tensor:
+    """Compact float32 scale of a unit with scales, from its tensors as stored; ``scale_codes`` with ``scale_bits=8`` only."""
+    if scale_codes is None:
+        return compact_scale(scales.float(), spec, cols)
+    return join_scale(scales.view(-1, 1), compact_scale(scale_codes, spec, cols))
+
+
 def expand_scale(scale: torch.Tensor, cols: int, spec: QuantSpec) -> torch.Tensor:
     """A compact scale made broadcastable to (rows, cols): itself, or (rows, cols) for granularity 'group'."""
     if spec.group_size is None:

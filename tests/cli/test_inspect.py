@@ -5,33 +5,19 @@ import os
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixbits.cli.main import main
-from mixbits.packing.checkpoint import save_packed
-from mixbits.quant.grid import quantize_weight
-from mixbits.quant.units import find_units, unit_matrices
 from mixbits.spec import BitAllocation, QuantSpec
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes, **special, tie_word_embeddings=True))
-    inventory = find_units(model)
-    widths = (2, 1.58, 4, 8, 16, 1, 3)
-    allocation = BitAllocation({u.name: QuantSpec(widths[i % 7]) for i, u in enumerate(inventory.units)})
-    weights = {
-        name: quantize_weight(matrix, allocation.specs[name])
-        for name, matrix in unit_matrices(model, inventory).items()
-        if allocation.specs[name].is_quantized
-    }
+def model_dir(pack_llama, tmp_path_factory):
+    def several_widths(inventory):
+        widths = (2, 1.58, 4, 8, 16, 1, 3)
+        return BitAllocation({u.name: QuantSpec(widths[i % 7]) for i, u in enumerate(inventory.units)})
+
     directory = tmp_path_factory.mktemp("inspect") / "model"
-    save_packed(model, inventory, allocation, weights, directory)
-    return directory, inventory, allocation, weights
+    return directory, *pack_llama(directory, several_widths)
 
 
 def test_json(model_dir, capsys):

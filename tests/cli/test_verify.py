@@ -5,30 +5,17 @@ import os
 import shutil
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixbits.cli.main import main
-from mixbits.packing.checkpoint import save_packed
-from mixbits.quant.grid import quantize_weight
-from mixbits.quant.units import find_units, unit_matrices
 from mixbits.spec import BitAllocation, QuantSpec
 
 FILE = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes, **special, tie_word_embeddings=True))
-    inventory = find_units(model)
-    allocation = BitAllocation.uniform(inventory, QuantSpec(2))
-    matrices = unit_matrices(model, inventory)
-    weights = {name: quantize_weight(matrix, allocation.specs[name]) for name, matrix in matrices.items()}
+def model_dir(pack_llama, tmp_path_factory):
     directory = tmp_path_factory.mktemp("verify") / "model"
-    save_packed(model, inventory, allocation, weights, directory)
+    pack_llama(directory, lambda inventory: BitAllocation.uniform(inventory, QuantSpec(2)))
     return directory
 
 

@@ -132,8 +132,8 @@ def test_golden_file(tmp_path):
     assert hashlib.sha256((tmp_path / FILE).read_bytes()).hexdigest() == GOLDEN
     parsed = read_weight_file(tmp_path / FILE)
     assert parsed.tensors == tuple(stored)
-    with parsed.open() as reader:
-        assert all(torch.equal(reader.tensor(t), tensors[t.name]) for t in stored)
+    reader = parsed.reader()
+    assert all(torch.equal(reader.tensor(t), tensors[t.name]) for t in stored)
 
 
 # --- whole models
@@ -173,8 +173,8 @@ def test_inspection_counts_every_byte(formats):
 
 def _rewrite(directory, name, change):
     parsed = read_weight_file(directory / FILE)
-    with parsed.open() as reader:
-        tensors = {t.name: reader.tensor(t) for t in parsed.tensors}
+    reader = parsed.reader()
+    tensors = {t.name: reader.tensor(t) for t in parsed.tensors}
     stored = [t for t in parsed.tensors if change is not None or t.name != name]
     if change is not None:
         change(tensors[name])

@@ -122,12 +122,12 @@ def _rewrite(packed, edit):
     """Change stored tensors consistently; ``edit(name, entry, tensor)`` gives a new (entry, tensor) or None to drop."""
     parsed = read_weight_file(packed / FILE)
     stored, tensors = [], {}
-    with parsed.open() as reader:
-        for entry in parsed.tensors:
-            result = edit(entry.name, entry, reader.tensor(entry))
-            if result is not None:
-                stored.append(result[0])
-                tensors[result[0].name] = result[1]
+    reader = parsed.reader()
+    for entry in parsed.tensors:
+        result = edit(entry.name, entry, reader.tensor(entry))
+        if result is not None:
+            stored.append(result[0])
+            tensors[result[0].name] = result[1]
     write_weight_file(packed / FILE, stored, tensors)
 
 

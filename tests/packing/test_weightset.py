@@ -63,11 +63,12 @@ def test_shards_are_verified_and_inspected_as_one(split):
     assert weights.tensors == single.tensors
     assert weights.path == many / INDEX_NAME
     assert weights.file_bytes == saved.file_bytes
-    with weights.open() as reader, single.open() as other:
-        for stored in weights.tensors:
-            assert torch.equal(reader.tensor(stored), other.tensor(stored))
-            assert reader.raw(stored).tobytes() == other.raw(stored).tobytes()
-            assert not reader.array(stored).flags.writeable
+    reader = weights.reader()
+    other = single.reader()
+    for stored in weights.tensors:
+        assert torch.equal(reader.tensor(stored), other.tensor(stored))
+        assert reader.raw(stored).tobytes() == other.raw(stored).tobytes()
+        assert not reader.array(stored).flags.writeable
     info, whole = inspect_packed(many), inspect_packed(one)
     assert [u.name for u in info.units] == [u.name for u in whole.units]
     assert [u.num_bytes for u in info.units] == [u.num_bytes for u in whole.units]

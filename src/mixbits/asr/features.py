@@ -50,6 +50,7 @@ class FeatureTable:
 
     @property
     def num_lists(self) -> int:
+        """Number of utterances."""
         return len(self.offsets) - 1
 
     def total_scores(self, weights: npt.ArrayLike) -> FloatArray:

@@ -28,6 +28,7 @@ class PaddedLists:
 
     @staticmethod
     def from_offsets(offsets: IntArray) -> PaddedLists:
+        """List i owns the rows ``offsets[i]:offsets[i + 1]``; offsets (num_lists + 1,)."""
         sizes = np.diff(offsets)
         rank = np.arange(int(sizes.max()))
         valid = rank[None, :] < sizes[:, None]

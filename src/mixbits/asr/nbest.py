@@ -41,6 +41,7 @@ class Hypothesis:
 
     @property
     def words(self) -> list[str]:
+        """The text, split at white space."""
         return self.text.split()
 
 
@@ -65,6 +66,7 @@ class NBest:
 
     @property
     def one_best(self) -> Hypothesis:
+        """The first hypothesis."""
         return self.hypotheses[0]
 
 

@@ -43,10 +43,12 @@ class TokenForest:
 
     @property
     def num_nodes(self) -> int:
+        """Nodes of all trees, roots included."""
         return len(self.tokens)
 
     @property
     def num_trees(self) -> int:
+        """Number of trees."""
         return len(self.tree_offsets) - 1
 
     @property

@@ -48,6 +48,7 @@ class _Search:
     num_line_searches: int = 0
 
     def num_errors(self, weights: FloatArray) -> int:
+        """Word errors of all lists when the best totals win."""
         return int(self.errors[self.table.best_rows(weights)].sum())
 
     def step(self, weights: FloatArray, direction: FloatArray) -> FloatArray:
@@ -87,6 +88,7 @@ class _Search:
         return weights, lowest
 
     def random_start(self, rng: np.random.Generator) -> FloatArray:
+        """Weights to begin a search from, acoustic scale 1."""
         weights = np.zeros(len(FEATURES))
         weights[0] = 1.0
         for column in self.free:

@@ -33,6 +33,7 @@ class ErrorCounts:
 
     @property
     def num_errors(self) -> int:
+        """Substitutions, deletions and insertions together."""
         return self.num_sub + self.num_del + self.num_ins
 
     @property

@@ -25,6 +25,8 @@ from mixbits.errors import KernelUnavailable, SpecError
 from mixbits.quantspec import QuantSpec
 
 ABI_VERSION = 1
+TOO_LONG, NO_MEMORY = 6, 7
+"""Error numbers that callers tell apart: ``MB_TOO_LONG``, ``MB_NO_MEMORY`` of csrc/mixbits.h."""
 MAX_THREADS = 1024
 Activations = Literal["int8", "float32"]
 _NUMBER = {"int8": 0, "float32": 1}
@@ -185,10 +187,8 @@ def library() -> ctypes.CDLL:
 def check(error: int, where: str) -> None:
     """Raise SpecError (MemoryError) with the library's words for an error number other than 0."""
     if error:
-        text = library().mb_error_text(error).decode()
-        raise (
-            MemoryError(f"{where}: {text}") if "memory" in text and "out of" in text else SpecError(f"{where}: {text}")
-        )
+        text = f"{where}: {library().mb_error_text(error).decode()}"
+        raise MemoryError(text) if error == NO_MEMORY else SpecError(text)
 
 
 def isa() -> str:
@@ -263,6 +263,7 @@ class PackedMatrix:
 
     @property
     def num_bytes(self) -> int:
+        """Of codes and scales, as they lie in memory."""
         return self.packed.numel() + 4 * self.scales.numel()
 
     @functools.cached_property

@@ -19,13 +19,13 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mixbits.errors import DataError, FormatError
-from mixbits.jsonfile import read_json, write_text
+from mixbits.jsonfile import write_text
+from mixbits.packing.config import read_config
 from mixbits.packing.weightfile import replacing, sync_folder
 
 ARCHIVE_SUFFIX = ".gz"
@@ -49,7 +49,7 @@ def archive_packed(directory: str | Path) -> int:
         raise DataError(
             f"{directory}: no weight files (*.safetensors) to archive; expected the folder of a packed model"
         )
-    _read_config(directory)  # found out before the work: is it a packed model at all?
+    read_config(directory)  # found out before the work: is it a packed model at all?
     made = [archive_file(path) for path in plain]
     found = sorted(directory.glob("*.safetensors" + ARCHIVE_SUFFIX))
     if found:
@@ -68,7 +68,7 @@ def unarchive_packed(directory: str | Path, output: str | Path | None = None) ->
     """
     directory = Path(directory)
     archives = sorted(directory.glob("*.safetensors" + ARCHIVE_SUFFIX))
-    is_unpacked = "archive" in _read_config(directory)["quantization_config"] and any(directory.glob("*.safetensors"))
+    is_unpacked = "archive" in read_config(directory)["quantization_config"] and any(directory.glob("*.safetensors"))
     if not archives and not is_unpacked:  # another program may have unpacked them
         raise DataError(f"{directory}: no archived weight files (*.safetensors{ARCHIVE_SUFFIX}) in it")
     target = directory if output is None else Path(output)
@@ -88,17 +88,9 @@ def unarchive_packed(directory: str | Path, output: str | Path | None = None) ->
     return target
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    config = read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
-        raise FormatError(f"{path}: no quantization_config; expected a model packed by mixbits")
-    return config
-
-
 def _set_archive_field(directory: Path, method: str | None) -> None:
     """Set or remove ``quantization_config.archive``; everything else stays as transformers writes it."""
-    config = _read_config(directory)
+    config = read_config(directory)
     found = config["quantization_config"]
     if found.get("archive") == method:
         return

@@ -8,7 +8,6 @@ average. What it lacks to the bits a code is stored in is what an archive could 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mixbits.errors import FormatError
 from mixbits.packing.bitpack import code_histogram
 from mixbits.packing.verify import read_quantization_config, verify_packed
 from mixbits.packing.weightfile import TensorReader
-from mixbits.scales import compact_scale, join_scale
+from mixbits.scales import stored_scale
 from mixbits.spec import QuantSpec, Unit, unit_tensors
 
 
@@ -91,13 +90,6 @@ class PackedInfo:
         return asdict(self)
 
 
-def _scales(unit: Unit, spec: QuantSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    stored = tensors[f"{unit.name}.scales"].view(-1, 1)
-    if spec.scale_bits == 16:
-        return stored
-    return join_scale(stored, compact_scale(tensors[f"{unit.name}.scale_codes"], spec, unit.cols))
-
-
 def _entropy(counts: np.ndarray) -> float:
     share = counts[counts > 0] / counts.sum()
     return max(0.0, float(-(share * np.log2(share)).sum()))
@@ -112,7 +104,9 @@ def _unit_info(unit: Unit, spec: QuantSpec, reader: TensorReader, file_bytes: in
         entropy = _entropy(code_histogram(reader.raw(stored[-1]), spec, num_codes))
         bits_per_code = 1.6 if spec.code_bits == 1.58 else float(spec.code_bits)
     if spec.has_scales:
-        scales = _scales(unit, spec, {t.name: reader.tensor(t) for t in stored[:-1]}).to(torch.float64)
+        tensors = {t.name: reader.tensor(t) for t in stored[:-1]}
+        scale_codes = tensors.get(f"{unit.name}.scale_codes")
+        scales = stored_scale(tensors[f"{unit.name}.scales"], scale_codes, spec, unit.cols).to(torch.float64)
         low, mean, high = float(scales.min()), float(scales.mean()), float(scales.max())
     return UnitInfo(
         name=unit.name,
@@ -139,8 +133,8 @@ def inspect_packed(directory: str | Path) -> PackedInfo:
     file_bytes = weights.file_bytes
     order = {tensor.name: i for i, tensor in enumerate(weights.tensors)}  # the model's own, which JSON may have lost
     in_order = sorted(packed.units, key=lambda unit: order[unit_tensors(unit, packed.specs[unit.name])[0].name])
-    with weights.open() as reader:
-        units = tuple(_unit_info(unit, packed.specs[unit.name], reader, file_bytes) for unit in in_order)
+    reader = weights.reader()
+    units = tuple(_unit_info(unit, packed.specs[unit.name], reader, file_bytes) for unit in in_order)
     own = {t.name for unit in packed.units for t in unit_tensors(unit, packed.specs[unit.name])}
     others = tuple(
         TensorInfo(t.name, t.shape, t.num_bytes, t.num_bytes / file_bytes) for t in weights.tensors if t.name not in own

@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbits.errors import FormatError, SpecError
-from mixbits.jsonfile import read_json
 from mixbits.packing.archive import ARCHIVE_METHOD
 from mixbits.packing.bitpack import check_codes
+from mixbits.packing.config import read_config
 from mixbits.packing.weightfile import TensorReader, checksum
 from mixbits.packing.weightset import WeightSet, read_weights
 from mixbits.spec import QuantSpec, StoredTensor, Unit, unit_tensors
@@ -204,15 +204,15 @@ def check_values(weights: WeightSet, packed: PackedUnits) -> None:
                 f"{where}: its checksum is {found}, quantization_config.checksums says {wanted}: damaged; copy it again"
             )
 
-    with weights.open() as reader:
-        threads = min(_MAX_THREADS, os.cpu_count() or 1) if weights.file_bytes > _SMALL_BYTES else 1
-        if threads == 1:
-            for stored in weights.tensors:
-                check(stored, reader)
-            return
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(lambda stored: check(stored, reader), weights.tensors):
-                pass
+    reader = weights.reader()
+    threads = min(_MAX_THREADS, os.cpu_count() or 1) if weights.file_bytes > _SMALL_BYTES else 1
+    if threads == 1:
+        for stored in weights.tensors:
+            check(stored, reader)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda stored: check(stored, reader), weights.tensors):
+            pass
 
 
 _NUMBERS_AT_ONCE = 1 << 16
@@ -236,12 +236,7 @@ def verify_weights(weights: WeightSet, packed: PackedUnits) -> None:
 
 def read_quantization_config(directory: str | Path) -> tuple[dict[str, Any], str]:
     """``quantization_config`` of a model directory and the file it stands in. Raises DataError or FormatError."""
-    path = Path(directory) / "config.json"
-    config = read_json(path)
-    found = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(found, dict):
-        raise FormatError(f"{path}: no quantization_config; expected a model packed by mixbits")
-    return found, str(path)
+    return read_config(directory)["quantization_config"], str(Path(directory) / "config.json")
 
 
 def verify_packed(directory: str | Path) -> tuple[WeightSet, PackedUnits]:

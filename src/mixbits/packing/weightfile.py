@@ -50,10 +50,9 @@ class WeightFile:
         """Tensor name -> entry."""
         return {t.name: t for t in self.tensors}
 
-    @contextmanager
-    def open(self) -> Iterator[TensorReader]:
+    def reader(self) -> TensorReader:
         """Memory-map the file for reading tensors. Raises FormatError if it changed size since it was parsed."""
-        yield TensorReader([self])
+        return TensorReader([self])
 
     def mapped(self) -> npt.NDArray[np.uint8]:
         """All bytes of the file, read-only, mapped for as long as something refers to them. Raises FormatError as above."""
@@ -69,7 +68,7 @@ class WeightFile:
 
 
 class TensorReader:
-    """Tensors of one or more open weight files."""
+    """Tensors of one or more weight files, mapped for as long as the reader or what it gave out is there."""
 
     def __init__(self, files: Sequence[WeightFile]) -> None:
         self._places: dict[str, tuple[npt.NDArray[np.uint8], int]] = {}

@@ -10,8 +10,7 @@ Limits: all files in one folder; ``max_shard_bytes`` counts data, not headers, a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,10 +70,9 @@ class WeightSet:
         """Bytes of all files, unpacked if they are archived."""
         return sum(file.file_bytes for file in self.files)
 
-    @contextmanager
-    def open(self) -> Iterator[TensorReader]:
+    def reader(self) -> TensorReader:
         """Memory-map all files for reading tensors. Raises FormatError if one changed size since it was parsed."""
-        yield TensorReader(self.files)
+        return TensorReader(self.files)
 
 
 def read_weight_files(paths: Sequence[str | Path]) -> WeightSet:

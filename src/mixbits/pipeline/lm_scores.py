@@ -58,6 +58,7 @@ class SpeechModel:
 
     @cached_property
     def tokenizer(self) -> Any:
+        """The model's tokenizer."""
         if self.directory is None:
             assert self._loaded is not None
             return self._loaded[1]
@@ -65,6 +66,7 @@ class SpeechModel:
 
     @cached_property
     def model(self) -> Any:
+        """The transformers model, packed layers keeping their unpacked matrices."""
         if self.directory is None:
             assert self._loaded is not None
             return self._loaded[0]

@@ -52,9 +52,10 @@ struct Quantized {
 
 bool in_float(const mb_matrix& w, int activations) { return activations == MB_FLOAT32 || w.bits == 16; }
 
-void product(const Kernels& k, const mb_matrix& w, int activations, const float* x, int64_t n, Quantized& held, int64_t b0, int64_t b1, const float* bias, float* y) {
-  if (in_float(w, activations)) k.gemm_float(w, x, w.cols, 0, n, b0, b1, bias, y, w.rows);
-  else k.gemm_int8(w, held.rows(k, w, x, n), 0, n, b0, b1, bias, y, w.rows);
+void product(const Kernels& k, const mb_matrix& w, int activations, const float* x, int64_t n, Quantized& held, const float* bias, float* y) {
+  const int64_t blocks = num_blocks(w.rows);
+  if (in_float(w, activations)) k.gemm_float(w, x, w.cols, 0, n, 0, blocks, bias, y, w.rows);
+  else k.gemm_int8(w, held.rows(k, w, x, n), 0, n, 0, blocks, bias, y, w.rows);
 }
 
 // Keys and values of a layer, what each row may look at, and where its own key and value go.
@@ -104,10 +105,27 @@ void attend_row(const Kernels& k, const mb_model& m, const Memory& memory, int64
   k.attend(query + head * m.head_dim, memory.keys + at, memory.values + at, key_width(m), memory.context[row], memory.length[row], m.head_dim, m.attention_scale, scores, out + head * m.head_dim);
 }
 
-int64_t longest(const Memory& memory, int64_t m) {
+// The longest context of rows [from, from + n).
+int64_t longest(const Memory& memory, int64_t from, int64_t n) {
   int32_t most = 0;
-  for (int64_t i = 0; i < m; ++i) most = std::max(most, memory.length[i]);
-  return (most + 15) / 16 * 16;
+  for (int64_t i = from; i < from + n; ++i) most = std::max(most, memory.length[i]);
+  return most;
+}
+
+// Scores of a context as the kernels keep them: whole vectors.
+int64_t num_scores(int64_t context) { return (context + 15) / 16 * 16; }
+
+// Turn the queries and keys of rows [from, from + n) by their positions (Llama), and put keys and values in their places.
+void remember(const mb_model& m, const Memory& memory, const int32_t* positions, int64_t from, int64_t n, float* queries, float* keys, const float* values) {
+  const int64_t wide = key_width(m);
+  for (int64_t i = 0; i < n; ++i, queries += query_width(m), keys += wide, values += wide) {
+    if (m.family == MB_LLAMA) {
+      rotate(m, queries, m.heads, positions[from + i]);
+      rotate(m, keys, m.kv_heads, positions[from + i]);
+    }
+    std::memcpy(memory.keys + memory.place[from + i] * wide, keys, static_cast<size_t>(wide) * 4);
+    std::memcpy(memory.values + memory.place[from + i] * wide, values, static_cast<size_t>(wide) * 4);
+  }
 }
 
 // Rows [from, from + n) of a layer up to their queries, keys and values.
@@ -123,17 +141,10 @@ void keys_and_values(const Kernels& k, const mb_model& m, const mb_layer& l, int
   }
   s.held.forget();
   float *q = queries + from * query_width(m), *key = s.b.data(), *value = key + n * wide;
-  product(k, l.q, activations, in, n, s.held, 0, num_blocks(l.q.rows), l.q_bias, q);
-  product(k, l.k, activations, in, n, s.held, 0, num_blocks(l.k.rows), l.k_bias, key);
-  product(k, l.v, activations, in, n, s.held, 0, num_blocks(l.v.rows), l.v_bias, value);
-  for (int64_t i = 0; i < n; ++i) {
-    if (m.family == MB_LLAMA) {
-      rotate(m, q + i * query_width(m), m.heads, positions[from + i]);
-      rotate(m, key + i * wide, m.kv_heads, positions[from + i]);
-    }
-    std::memcpy(memory.keys + memory.place[from + i] * wide, key + i * wide, static_cast<size_t>(wide) * 4);
-    std::memcpy(memory.values + memory.place[from + i] * wide, value + i * wide, static_cast<size_t>(wide) * 4);
-  }
+  product(k, l.q, activations, in, n, s.held, l.q_bias, q);
+  product(k, l.k, activations, in, n, s.held, l.k_bias, key);
+  product(k, l.v, activations, in, n, s.held, l.v_bias, value);
+  remember(m, memory, positions, from, n, q, key, value);
 }
 
 void rest_of_layer(const Kernels& k, const mb_model& m, const mb_layer& l, int activations, float* x, int64_t from, int64_t n, const Memory& memory, const float* queries) {
@@ -142,14 +153,12 @@ void rest_of_layer(const Kernels& k, const mb_model& m, const mb_layer& l, int a
   grow(s.a, n * std::max<int64_t>(query_width(m), d));
   grow(s.b, n * d);
   grow(s.wide, n * m.feed_forward);
-  int64_t most = 0;
-  for (int64_t i = from; i < from + n; ++i) most = std::max<int64_t>(most, memory.length[i]);
-  grow(s.scores, (most + 15) / 16 * 16);
+  grow(s.scores, num_scores(longest(memory, from, n)));
   float* in = x + from * d;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t h = 0; h < m.heads; ++h) attend_row(k, m, memory, from + i, h, queries + (from + i) * query_width(m), s.scores.data(), s.a.data() + i * query_width(m));
   s.held.forget();
-  product(k, l.o, activations, s.a.data(), n, s.held, 0, num_blocks(l.o.rows), l.o_bias, s.b.data());
+  product(k, l.o, activations, s.a.data(), n, s.held, l.o_bias, s.b.data());
   k.add(in, s.b.data(), n * d);
   const float* into = in;
   if (m.norm_first) {
@@ -161,16 +170,16 @@ void rest_of_layer(const Kernels& k, const mb_model& m, const mb_layer& l, int a
   s.held.forget();
   if (m.family == MB_LLAMA) {
     grow(s.gate, n * m.feed_forward);
-    product(k, l.gate, activations, into, n, s.held, 0, num_blocks(l.gate.rows), l.gate_bias, s.gate.data());
-    product(k, l.up, activations, into, n, s.held, 0, num_blocks(l.up.rows), l.up_bias, s.wide.data());
+    product(k, l.gate, activations, into, n, s.held, l.gate_bias, s.gate.data());
+    product(k, l.up, activations, into, n, s.held, l.up_bias, s.wide.data());
     k.activate(m.activation, s.gate.data(), n * m.feed_forward);
     k.multiply(s.wide.data(), s.gate.data(), n * m.feed_forward);
   } else {
-    product(k, l.up, activations, into, n, s.held, 0, num_blocks(l.up.rows), l.up_bias, s.wide.data());
+    product(k, l.up, activations, into, n, s.held, l.up_bias, s.wide.data());
     k.activate(m.activation, s.wide.data(), n * m.feed_forward);
   }
   s.held.forget();
-  product(k, l.down, activations, s.wide.data(), n, s.held, 0, num_blocks(l.down.rows), l.down_bias, s.b.data());
+  product(k, l.down, activations, s.wide.data(), n, s.held, l.down_bias, s.b.data());
   k.add(in, s.b.data(), n * d);
   if (!m.norm_first) norm(k, m, l.norm2_gain, l.norm2_bias, in, n, in);
 }
@@ -189,7 +198,7 @@ struct FewRows {
     grow(gate, m.family == MB_LLAMA ? rows * m.feed_forward : 0);
     grow(key, rows * key_width(m));
     grow(value, rows * key_width(m));
-    scores_each = (context + 15) / 16 * 16;
+    scores_each = num_scores(context);
     grow(scores, rows * m.heads * scores_each);
     int64_t width = most + 64, groups = 1;
     auto see = [&](const mb_matrix& w) {
@@ -244,7 +253,7 @@ void share(const Kernels& k, int activations, const float* x, int64_t n, Quantiz
 }
 
 void layer_of_few(const Kernels& k, const mb_model& m, const mb_layer& l, int activations, float* x, int64_t n, const int32_t* positions, const Memory& memory, float* queries, FewRows& s) {
-  const int64_t d = m.hidden, wide = key_width(m);
+  const int64_t d = m.hidden;
   auto nothing = [](int, int64_t, int64_t) {};
   const float* in = x;
   if (m.norm_first) {
@@ -254,14 +263,7 @@ void layer_of_few(const Kernels& k, const mb_model& m, const mb_layer& l, int ac
   s.held.forget();
   const Target qkv[3] = {{&l.q, l.q_bias, queries}, {&l.k, l.k_bias, s.key.data()}, {&l.v, l.v_bias, s.value.data()}};
   share(k, activations, in, n, s.held, qkv, 3, nothing);
-  for (int64_t i = 0; i < n; ++i) {
-    if (m.family == MB_LLAMA) {
-      rotate(m, queries + i * query_width(m), m.heads, positions[i]);
-      rotate(m, s.key.data() + i * wide, m.kv_heads, positions[i]);
-    }
-    std::memcpy(memory.keys + memory.place[i] * wide, s.key.data() + i * wide, static_cast<size_t>(wide) * 4);
-    std::memcpy(memory.values + memory.place[i] * wide, s.value.data() + i * wide, static_cast<size_t>(wide) * 4);
-  }
+  remember(m, memory, positions, 0, n, queries, s.key.data(), s.value.data());
   int64_t work = 0;
   for (int64_t i = 0; i < n; ++i) work += memory.length[i];
   auto heads = [&](int64_t j) { attend_row(k, m, memory, j / m.heads, j % m.heads, queries + j / m.heads * query_width(m), s.scores.data() + j * s.scores_each, s.a.data() + j / m.heads * query_width(m)); };
@@ -465,7 +467,7 @@ int32_t mb_score_forest(const mb_model* model, int32_t activations, const int64_
             embed(k, m, tokens[nodes[static_cast<size_t>(r)]], positions[static_cast<size_t>(r)], x.data() + r * d, scratch.a.data());
         });
         const bool small = are_few(rows);
-        if (small) few.reserve(m, rows, longest(memory, rows));
+        if (small) few.reserve(m, rows, longest(memory, 0, rows));
         for (int32_t i = 0; i < m.num_layers; ++i) {
           const mb_layer& l = m.layers[i];
           if (small) {
