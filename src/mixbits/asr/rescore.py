@@ -6,7 +6,8 @@ Two steps that can be run apart: :func:`lm_features` scores every hypothesis (sl
 The model side gives ``encode`` (text → token ids, from the sentence boundary to the sentence end) and either
 ``score_forest`` (:class:`mixbits.asr.trie.TokenForest` → log p(token | ancestors) per node, 0 at roots) or
 ``score_hypotheses`` (token sequences → summed log-probability of each), the slow twin. A ``max_length`` attribute of
-the scorer is the longest sequence (all ids counted) it takes; a longer hypothesis is refused by name, never cut.
+the scorer is the longest sequence (all ids counted) it takes; a longer hypothesis is refused by name or scored by sliding window
+(:mod:`mixbits.asr.score_plan`), never cut.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbits.asr.features import FeatureTable, feature_table, has_lm_score
-from mixbits.asr.nbest import NBest, list_offsets
+from mixbits.asr.nbest import NBest
+from mixbits.asr.score_plan import LongHypotheses, ScorePlan, plan_scores
 from mixbits.asr.trie import TokenForest, plan_forests
 from mixbits.asr.weights import Weights, check_no_overlap
 from mixbits.errors import DataError, SpecError
@@ -42,7 +44,8 @@ _NAIVE_BATCH = 64
 class LmFeatures:
     """LM scores of all hypotheses, lists in order; arrays have shape (num_hypotheses,).
 
-    ``num_tokens`` counts scored tokens (sentence ends included), ``num_nodes`` what was computed for them in all.
+    ``num_tokens`` counts scored tokens (sentence ends included), ``num_nodes`` what was computed for them in all, contexts and the
+    overlap of windows included; ``num_windows`` hypotheses were longer than the model takes and scored by sliding window.
     """
 
     neural_lm_score: npt.NDArray[np.float64]
@@ -50,6 +53,7 @@ class LmFeatures:
     num_tokens: npt.NDArray[np.int64]
     num_nodes: int
     seconds: float
+    num_windows: int = 0
 
     @property
     def shared(self) -> float:
@@ -79,6 +83,9 @@ def lm_features(
     score_hypotheses: ScoreHypotheses | None = None,
     count_unknown: CountUnknown | None = None,
     max_tokens_per_forest: int = DEFAULT_MAX_TOKENS,
+    contexts: Sequence[Sequence[int]] | None = None,
+    long_hypotheses: LongHypotheses = "refuse",
+    merge_order: int | None = None,
     progress: bool = False,
 ) -> LmFeatures:
     """Score every hypothesis with the language model.
@@ -88,31 +95,42 @@ def lm_features(
         score_forest, score_hypotheses: exactly one of the two.
         count_unknown: text → number of words outside the LM's vocabulary; None counts zero.
         max_tokens_per_forest: bound on trees × nodes of the largest tree given to ``score_forest`` at once.
+        contexts: for each list the ids that come before its hypotheses, first and last of them the boundary token.
+        long_hypotheses: what is done with those longer than the scorer takes.
+        merge_order: histories equal in this many last tokens share a state (:func:`mixbits.asr.trie.build_forest`); None: exact.
         progress: show a bar with rate and time left on stderr.
 
     Raises:
         DataError: a hypothesis longer than the scorer takes (named), scores of wrong shape or not finite.
+        SpecError: merged histories with contexts, or without tries.
     """
     if (score_forest is None) == (score_hypotheses is None):
         raise SpecError("give exactly one of score_forest and score_hypotheses")
     if max_tokens_per_forest < 2:
         raise SpecError(f"max_tokens_per_forest must be at least 2, got {max_tokens_per_forest}")
+    if merge_order is not None and (score_forest is None or contexts is not None):
+        raise SpecError("merged histories need prefix tries and no context; leave one of the two out")
     started = time.perf_counter()
-    sequences = _encode_all(lists, encode, getattr(score_forest or score_hypotheses, "max_length", None))
-    offsets = list_offsets(lists)
+    sequences = [[encode(hypothesis.text) for hypothesis in entry.hypotheses] for entry in lists]
+    plan = plan_scores(
+        lists,
+        sequences,
+        max_length=getattr(score_forest or score_hypotheses, "max_length", None),
+        contexts=contexts,
+        long_hypotheses=long_hypotheses,
+    )
     num_tokens = np.array([len(ids) - 1 for entry in sequences for ids in entry], dtype=np.int64)
-    scores = np.empty(int(offsets[-1]))
+    scores = np.zeros(len(num_tokens))
     with _progress_bar(len(scores), enabled=progress) as advance:
         if score_forest is not None:
-            num_nodes = _score_forests(sequences, offsets, score_forest, max_tokens_per_forest, scores, advance)
+            num_nodes = _score_forests(plan, score_forest, max_tokens_per_forest, merge_order, scores, advance)
         else:
             assert score_hypotheses is not None
-            _score_naively(sequences, score_hypotheses, scores, advance)
-            num_nodes = int(num_tokens.sum())
+            num_nodes = _score_naively(plan, score_hypotheses, scores, advance)
     num_unknown = np.zeros(len(scores), dtype=np.int64)
     if count_unknown is not None:
         num_unknown[:] = [count_unknown(hypothesis.text) for entry in lists for hypothesis in entry.hypotheses]
-    return LmFeatures(scores, num_unknown, num_tokens, num_nodes, time.perf_counter() - started)
+    return LmFeatures(scores, num_unknown, num_tokens, num_nodes, time.perf_counter() - started, plan.num_windows)
 
 
 def features_of(lists: Sequence[NBest], lm: LmFeatures | None) -> FeatureTable:
@@ -180,57 +198,52 @@ def rescore(
     return apply_weights(lists, lm, weights, allow_overlap=allow_overlap)
 
 
-def _encode_all(lists: Sequence[NBest], encode: Encode, max_length: int | None) -> list[list[Sequence[int]]]:
-    encoded = []
-    for entry in lists:
-        sequences = []
-        for rank, hypothesis in enumerate(entry.hypotheses, 1):
-            ids = encode(hypothesis.text)
-            where = f"utterance {entry.utterance!r}, hypothesis {rank}"
-            if len(ids) == 0:
-                raise DataError(f"{where}: encoded to no tokens; the tokenizer must add a sentence boundary")
-            if max_length is not None and len(ids) > max_length:
-                raise DataError(
-                    f"{where}: {len(ids)} tokens, but the model takes at most {max_length}; "
-                    "use a model with a longer context or leave this utterance out (nothing is cut silently)"
-                )
-            sequences.append(ids)
-        encoded.append(sequences)
-    return encoded
-
-
 def _score_forests(
-    sequences: Sequence[Sequence[Sequence[int]]],
-    offsets: npt.NDArray[np.int64],
+    plan: ScorePlan,
     score_forest: ScoreForest,
     max_tokens: int,
+    merge_order: int | None,
     scores: npt.NDArray[np.float64],
     advance: Callable[[int], None],
 ) -> int:
     """Fill ``scores``; returns the number of scored nodes, roots not counted."""
     num_nodes = 0
-    for forest, members in plan_forests(sequences, max_tokens=max_tokens):
-        rows = [int(offsets[number]) + index for number, index in members]
-        scores[rows] = forest.sequence_scores(score_forest(forest))
+    for forest, members in plan_forests(plan.groups, max_tokens=max_tokens, merge_order=merge_order):
+        found = forest.sequence_scores(score_forest(forest))
         num_nodes += forest.num_nodes - forest.num_trees
-        advance(len(rows))
+        advance(_add_up(plan, members, found, scores))
     return num_nodes
 
 
 def _score_naively(
-    sequences: Sequence[Sequence[Sequence[int]]],
+    plan: ScorePlan,
     score_hypotheses: ScoreHypotheses,
     scores: npt.NDArray[np.float64],
     advance: Callable[[int], None],
-) -> None:
-    flat = [ids for entry in sequences for ids in entry]
+) -> int:
+    flat = [(number, index) for number, group in enumerate(plan.groups) for index in range(len(group))]
+    num_nodes = 0
     for start in range(0, len(flat), _NAIVE_BATCH):
-        batch = flat[start : start + _NAIVE_BATCH]
+        members = flat[start : start + _NAIVE_BATCH]
+        batch = [plan.groups[number][index] for number, index in members]
         found = np.asarray(score_hypotheses(batch), dtype=np.float64)
         if found.shape != (len(batch),) or not np.all(np.isfinite(found)):
             raise DataError(f"score_hypotheses must give {len(batch)} finite numbers, got {found!r:.80}")
-        scores[start : start + len(batch)] = found
-        advance(len(batch))
+        num_nodes += sum(len(ids) - 1 for ids in batch)
+        advance(_add_up(plan, members, found, scores))
+    return num_nodes
+
+
+def _add_up(
+    plan: ScorePlan, members: Sequence[tuple[int, int]], found: npt.NDArray[np.float64], scores: npt.NDArray[np.float64]
+) -> int:
+    """Add the sequences' scores to their hypotheses; returns how many were scored."""
+    num_scored = 0
+    for (number, index), score in zip(members, found, strict=True):
+        sign = plan.signs[number][index]
+        scores[plan.rows[number][index]] += sign * score
+        num_scored += sign > 0
+    return num_scored
 
 
 @contextmanager

@@ -7,6 +7,10 @@ token after its ancestors, and a hypothesis' score is the sum over its path. The
 hypothesis alone; only the sharing differs.
 
 A node's context are its ancestors *of the same tree*; its position is its depth.
+
+With ``merge_order`` n, histories of a tree that are equal in their last n tokens share one state, that of the earliest sequence which
+reached it (an approximation, as n-gram history merging in lattice rescoring; Liu et al., 2016): what follows them is scored
+once. A sequence then visits nodes of several branches, and its score is the sum over its visits.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from mixbits.errors import DataError
+from mixbits.errors import DataError, SpecError
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -32,6 +36,7 @@ class TokenForest:
     children. ``depths``: 0 at a root. ``tree_offsets`` (num_trees + 1,): tree i owns the nodes
     ``tree_offsets[i]:tree_offsets[i + 1]``, its root first. ``ends`` (num_sequences,): the node where each
     sequence ends. ``num_tokens``: tokens of all sequences, roots not counted (what scoring one by one would score).
+    ``visits``, ``visit_offsets`` (num_sequences + 1,): of merged histories, the nodes of each sequence without its root; else None.
     """
 
     tokens: IntArray
@@ -40,6 +45,8 @@ class TokenForest:
     tree_offsets: IntArray
     ends: IntArray
     num_tokens: int
+    visits: IntArray | None = None
+    visit_offsets: IntArray | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -65,7 +72,7 @@ class TokenForest:
         return mask
 
     def path(self, sequence: int) -> IntArray:
-        """The nodes of a sequence from root to end."""
+        """The nodes of a sequence from root to end (merged histories: the branch of its last node)."""
         nodes = []
         node = int(self.ends[sequence])
         while node >= 0:
@@ -74,7 +81,7 @@ class TokenForest:
         return np.array(nodes[::-1], dtype=np.int64)
 
     def sequence_scores(self, node_scores: npt.ArrayLike) -> FloatArray:
-        """Sum of the node scores along each sequence's path, (num_sequences,), summed in float64.
+        """Sum of the node scores along each sequence's path or visits, (num_sequences,), summed in float64.
 
         Raises:
             DataError: wrong shape, or a score that is not finite.
@@ -88,6 +95,9 @@ class TokenForest:
                 f"the scorer gave {scores[bad]} for token id {self.tokens[bad]} at depth {self.depths[bad]}; "
                 "expected a finite log-probability (a broken model, or an id outside its vocabulary?)"
             )
+        if self.visits is not None and self.visit_offsets is not None:
+            running = np.concatenate([[0.0], np.cumsum(scores[self.visits])])
+            return running[self.visit_offsets[1:]] - running[self.visit_offsets[:-1]]
         summed = scores.copy()
         order = np.argsort(self.depths, kind="stable")
         bounds = np.searchsorted(self.depths[order], np.arange(int(self.depths.max(initial=0)) + 2))
@@ -97,21 +107,29 @@ class TokenForest:
         return summed[self.ends]
 
 
-def build_forest(trees: Sequence[Sequence[Sequence[int]]]) -> TokenForest:
+def build_forest(trees: Sequence[Sequence[Sequence[int]]], *, merge_order: int | None = None) -> TokenForest:
     """One tree per entry of ``trees``, which is a list of token-id sequences.
 
+    Args:
+        merge_order: histories of a tree that are equal in this many last tokens share a state; None: exact.
+
     Raises:
-        DataError: an empty tree or sequence, or sequences that do not all start with the same (boundary) token.
+        DataError: an empty tree or sequence, or sequences of a tree that do not all start with the same (boundary) token.
+        SpecError: a merge order below 1.
     """
+    if merge_order is not None and merge_order < 1:
+        raise SpecError(f"merge order is {merge_order}; expected at least 1 token of history")
     tokens: list[int] = []
     parents: list[int] = []
     depths: list[int] = []
-    offsets, ends, num_tokens = [0], [], 0
-    boundary = trees[0][0][0] if trees and trees[0] and len(trees[0][0]) else None
+    visits: list[int] = []
+    offsets, ends, visit_offsets, num_tokens = [0], [], [0], 0
     for number, sequences in enumerate(trees):
         if not sequences:
             raise DataError(f"tree {number} has no token sequences")
+        boundary = sequences[0][0] if len(sequences[0]) else None
         children: dict[tuple[int, int], int] = {}
+        states: dict[tuple[int, ...], int] = {}
         root = len(tokens)
         tokens.append(int(boundary) if boundary is not None else 0)
         parents.append(-1)
@@ -119,18 +137,26 @@ def build_forest(trees: Sequence[Sequence[Sequence[int]]]) -> TokenForest:
         for sequence in sequences:
             if not len(sequence) or sequence[0] != boundary:
                 got = list(sequence[:1])
-                raise DataError(f"token sequences must all start with the boundary token {boundary}; one starts {got}")
+                raise DataError(
+                    f"token sequences of a tree must all start with the boundary token {boundary}; one starts {got}"
+                )
+            state = root
             node = root
-            for depth, token in enumerate(sequence[1:], 1):
-                key = (node, int(token))
+            for place, token in enumerate(sequence[1:], 1):
+                key = (state, int(token))
                 following = children.get(key)
                 if following is None:
                     following = children[key] = len(tokens)
                     tokens.append(key[1])
-                    parents.append(node)
-                    depths.append(depth)
-                node = following
+                    parents.append(state)
+                    depths.append(depths[state] + 1)
+                node = state = following
+                if merge_order is not None:
+                    visits.append(node)
+                    if place >= merge_order:
+                        state = states.setdefault(tuple(sequence[place - merge_order + 1 : place + 1]), node)
             ends.append(node)
+            visit_offsets.append(len(visits))
             num_tokens += len(sequence) - 1
         offsets.append(len(tokens))
     return TokenForest(
@@ -140,6 +166,8 @@ def build_forest(trees: Sequence[Sequence[Sequence[int]]]) -> TokenForest:
         tree_offsets=np.asarray(offsets, dtype=np.int64),
         ends=np.asarray(ends, dtype=np.int64),
         num_tokens=num_tokens,
+        visits=None if merge_order is None else np.asarray(visits, dtype=np.int64),
+        visit_offsets=None if merge_order is None else np.asarray(visit_offsets, dtype=np.int64),
     )
 
 
@@ -180,30 +208,35 @@ def _new_prefixes(
 
 
 def plan_forests(
-    lists: Sequence[Sequence[Sequence[int]]], *, max_tokens: int
+    lists: Sequence[Sequence[Sequence[int]]], *, max_tokens: int, merge_order: int | None = None
 ) -> Iterator[tuple[TokenForest, list[tuple[int, int]]]]:
     """Forests over all lists, each with the (list, hypothesis) of every sequence in it.
 
     Trees are sorted by size, so that rows of a forest are about equally long, and number of trees × largest tree is
     at most ``max_tokens``, so that memory does not depend on the lists. A list whose trie is larger is cut into
-    several trees; only a single sequence longer than ``max_tokens`` exceeds it, alone.
+    several trees; only a single sequence longer than ``max_tokens`` exceeds it, alone. ``merge_order``: see :func:`build_forest`.
     """
     trees: list[tuple[int, int, list[int]]] = []
     for number, sequences in enumerate(lists):
-        trees.extend((size, number, part) for size, part in split_by_nodes(sequences, max_nodes=max_tokens))
+        for size, part in split_by_nodes(sequences, max_nodes=max_tokens):
+            if merge_order is not None:
+                size = build_forest([[sequences[index] for index in part]], merge_order=merge_order).num_nodes
+            trees.append((size, number, part))
     trees.sort(key=lambda tree: tree[:2])
     batch: list[tuple[int, int, list[int]]] = []
     for tree in trees:
         if batch and tree[0] * (len(batch) + 1) > max_tokens:
-            yield _forest_of(lists, batch)
+            yield _forest_of(lists, batch, merge_order)
             batch = []
         batch.append(tree)
     if batch:
-        yield _forest_of(lists, batch)
+        yield _forest_of(lists, batch, merge_order)
 
 
 def _forest_of(
-    lists: Sequence[Sequence[Sequence[int]]], batch: Sequence[tuple[int, int, list[int]]]
+    lists: Sequence[Sequence[Sequence[int]]], batch: Sequence[tuple[int, int, list[int]]], merge_order: int | None
 ) -> tuple[TokenForest, list[tuple[int, int]]]:
-    forest = build_forest([[lists[number][index] for index in part] for _, number, part in batch])
+    forest = build_forest(
+        [[lists[number][index] for index in part] for _, number, part in batch], merge_order=merge_order
+    )
     return forest, [(number, index) for _, number, part in batch for index in part]
