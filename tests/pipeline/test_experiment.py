@@ -303,8 +303,8 @@ class TestEqualBytes:
         ("own", "neighbours"),
         [
             ({}, ["u2", "u4"]),
-            ({"quantize": {"scales": "follow", "admm": {"num_updates": 3}}}, ["u2", "u4"]),  # the default; not read
-            ({"quantize": {"scales": "learned"}}, ["u2-scales", "u4-scales"]),
+            ({"quantize": {"scales": "learned", "admm": {"num_updates": 3}}}, ["u2", "u4"]),  # the default; not read
+            ({"quantize": {"scales": "follow"}}, ["u2-scales", "u4-scales"]),
             ({"quantize": {"train": {"epochs": 9}}}, ["u2-long", "u4-long"]),
             ({"method": "admm"}, ["u2-admm", "u4-admm"]),
             ({"method": "admm", "quantize": {"admm": {"num_updates": 3}}}, []),
@@ -313,7 +313,7 @@ class TestEqualBytes:
     )
     def test_only_rows_trained_alike_are_compared(self, own, neighbours, texts):
         kinds = {
-            "": {}, "-scales": {"quantize": {"scales": "learned"}}, "-long": {"quantize": {"train": {"epochs": 9}}},
+            "": {}, "-scales": {"quantize": {"scales": "follow"}}, "-long": {"quantize": {"train": {"epochs": 9}}},
             "-admm": {"method": "admm"},
         }  # fmt: skip
         rows = [{"name": f"u{b}{kind}", "spec": str(b), **how} for kind, how in kinds.items() for b in (2, 4)]
@@ -371,7 +371,7 @@ def test_the_first_uniform_row_with_the_default_settings_is_the_prototype(texts)
     rows = [
         {"name": "admm", "spec": "2", "method": "admm"},
         {"name": "started", "spec": "2", "start": "prototypes"},
-        {"name": "first", "spec": "2", "method": "straight-through", "quantize": {"scales": "follow"}},
+        {"name": "first", "spec": "2", "method": "straight-through", "quantize": {"scales": "learned"}},
         {"name": "again", "spec": "2-half-step-row"},
         {"name": "four", "spec": "4"},
         {"name": "long", "spec": "4", "quantize": {"train": {"epochs": 9}}},

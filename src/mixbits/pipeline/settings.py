@@ -95,7 +95,7 @@ class QuantizeSettings(_Frozen):
     train: TrainSettings = TrainSettings(epochs=3, learning_rate=1.5e-3, teacher_weight=1.0, dropout="off")
     refine_epochs: float = Field(0.5, ge=0)
     refine_learning_rate: float = Field(1e-4, gt=0)
-    scales: Literal["follow", "fixed", "learned"] = "follow"
+    scales: Literal["learned", "follow", "fixed"] = "learned"
     scale_learning_rate: float | None = Field(None, gt=0)
     progressive: tuple[tuple[float, float], ...] = ()
     admm: AdmmSettings = AdmmSettings()
