@@ -18,15 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import kaldialign
-
+from mixbits.asr.alignment import word_slots
 from mixbits.errors import DataError
 
 CRITICAL_Z = 1.960
 FEW_SEGMENTS = 50
 MAX_SHARE_OF_GAIN = 0.20
 _GOOD_TO_CLOSE = 2
-_EPSILON = -1
 
 
 @dataclass(frozen=True)
@@ -132,16 +130,6 @@ def error_segments(reference: str, hypothesis_a: str, hypothesis_b: str) -> list
 
 def _position_errors(reference: list[str], hypothesis: list[str]) -> tuple[list[int], list[int]]:
     """Per reference word: 1 if deleted or substituted; and the insertions before each word and after the last."""
-    number = {word: index for index, word in enumerate(dict.fromkeys(reference + hypothesis))}
-    wrong, inserted = [0] * len(reference), [0] * (len(reference) + 1)
-    position = 0
-    alignment = kaldialign.align(
-        [number[word] for word in reference], [number[word] for word in hypothesis], _EPSILON, sclite_mode=True
-    )
-    for expected, got in alignment:
-        if expected == _EPSILON:
-            inserted[position] += 1
-        else:
-            wrong[position] = int(expected != got)
-            position += 1
-    return wrong, inserted
+    slots = word_slots(reference, hypothesis, costs="sclite")
+    wrong = [int(expected != got) for expected, got in zip(reference, slots.words, strict=True)]
+    return wrong, [len(words) for words in slots.inserted]

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mixbits.asr.analysis import count_changes
 from mixbits.asr.bootstrap import bootstrap_blocks
 from mixbits.asr.formats.jsonl import NBestFile, read_nbest
 from mixbits.asr.nbest import one_best_texts, reference_texts
@@ -243,14 +245,8 @@ def _list_part(file: NBestFile, outputs: Mapping[str, Sequence[str]]) -> dict[st
 
 def changed_one_bests(references: Sequence[str], full: Sequence[str], packed: Sequence[str]) -> dict[str, int]:
     """How many one-bests differ in words: ``changed`` = ``better`` + ``worse`` + ``same_errors`` of packed against full."""
-    counts = {"utterances": len(references), "changed": 0, "better": 0, "worse": 0, "same_errors": 0}
-    for reference, before, after in zip(references, full, packed, strict=True):
-        if before.split() == after.split():
-            continue
-        more = count_errors(reference, after).num_errors - count_errors(reference, before).num_errors
-        counts["changed"] += 1
-        counts["worse" if more > 0 else "better" if more < 0 else "same_errors"] += 1
-    return counts
+    errors = [[count_errors(r, t).num_errors for r, t in zip(references, x, strict=True)] for x in (full, packed)]
+    return asdict(count_changes(full, packed, *errors))
 
 
 def _list_key(name: str) -> str:

@@ -1,15 +1,10 @@
 """Evidence for a certificate: what a perplexity difference, or the word errors on one list, prove about a packed model.
 
 Upper bounds decide, so they must not be too small where data are few. Perplexity uses t quantiles with sentences as draws. For word
-errors the bootstrap alone is too sure when few one-bests changed (none changed: its bound is 0, whatever the size of the list),
-so the larger of two bounds counts, the bootstrap's and a score bound
-
-    D + z²u/2 + z √(Σ d² + z²u²/4),   D = Σ d,   u = max(1, Σ d² / Σ |d|),
-
-over per-utterance differences d in errors: the score bound of a Poisson count when every change is one error (2.7 errors at 95 %
-when nothing changed). The allowed loss is a share of the *estimated* gain; the bound of "loss − share × gain" takes the estimate's
-own error in: in a normal model the first bound alone calls a loss right at the margin lossless in up to 17 % of tests with a small
-gain, both together in at most 5 %.
+errors the bootstrap alone is too sure when few one-bests changed, so the larger of two bounds counts, the bootstrap's and the score
+bound of :mod:`mixbits.asr.bootstrap`. The allowed loss is a share of the *estimated* gain; the bound of "loss − share × gain" takes
+the estimate's own error in: in a normal model the first bound alone calls a loss right at the margin lossless in up to 17 % of tests
+with a small gain, both together in at most 5 %.
 
 Limits: sentences (or speakers) count as independent; t quantiles and MAPSSWE's normal ones are approximations on few of them.
 """
@@ -20,10 +15,9 @@ import math
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
-from statistics import NormalDist
 from typing import Any
 
-from mixbits.asr.bootstrap import paired_bootstrap
+from mixbits.asr.bootstrap import paired_bootstrap, score_upper_bound
 from mixbits.asr.significance import MAX_SHARE_OF_GAIN, MapssweResult, mapsswe
 from mixbits.asr.wer import count_errors
 from mixbits.errors import SpecError
@@ -117,10 +111,12 @@ def list_evidence(
     options: dict[str, Any] = {"blocks": blocks, "num_draws": num_draws, "confidence": 1 - alpha, "seed": seed}
     loss = paired_bootstrap(errors_full, errors_packed, num_words, **options)
     excess = paired_bootstrap(allowed, needed, num_words, **options).delta_upper / share.denominator
-    score = _score_upper(errors_full, errors_packed, num_words, 1, alpha)
+    total, level = sum(num_words), 1 - alpha
+    score = score_upper_bound(errors_full, errors_packed, total, confidence=level)
     upper = max(loss.delta_upper, score)
-    excess_upper = max(excess, _score_upper(allowed, needed, num_words, share.denominator, alpha))
-    gain = 100.0 * (sum(errors_first) - sum(errors_full)) / sum(num_words)
+    excess_score = score_upper_bound(allowed, needed, total, confidence=level, scale=share.denominator)
+    excess_upper = max(excess, excess_score)
+    gain = 100.0 * (sum(errors_first) - sum(errors_full)) / total
     is_better = _significant(loss_test, alpha) and loss_test.mean > 0 and upper <= 0
     figures = {
         "gain": gain,
@@ -167,18 +163,6 @@ def _list_claims(
         Claim(is_small, f"{'at most' if is_small else 'it may be up to'} {bound}"),
         Claim(is_sure, "" if is_sure else not_sure),
     )
-
-
-def _score_upper(
-    before: Sequence[int], after: Sequence[int], num_words: Sequence[int], scale: int, alpha: float
-) -> float:
-    """The score bound above for after − before, in points; counts are ``scale`` times what they stand for."""
-    differences = [(b - a) / scale for a, b in zip(before, after, strict=True)]
-    z = NormalDist().inv_cdf(1 - alpha)
-    squares, sizes = sum(d * d for d in differences), sum(abs(d) for d in differences)
-    unit = max(1.0, squares / sizes) if sizes else 1.0
-    bound = math.fsum(differences) + z * z * unit / 2 + z * math.sqrt(squares + (z * unit / 2) ** 2)
-    return 100.0 * bound / sum(num_words)
 
 
 def _p_worse(test: MapssweResult, delta: float) -> float | None:
