@@ -280,7 +280,7 @@ def test_refusals(world, tmp_path):
         rescore_systems({"full": tmp_path}, dev, {"test": test})
     with pytest.raises(DataError, match="no such file"):
         rescore_systems(full, dev, {"test": tmp_path / "gone.jsonl"})
-    with pytest.raises(SpecError, match="either weights or a dev list"):
+    with pytest.raises(SpecError, match="either weights, or a dev list"):
         rescore_list(test, world / "trained")
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbits.asr.features import FeatureTable, feature_table, has_lm_score
-from mixbits.asr.nbest import NBest
+from mixbits.asr.nbest import NBest, list_offsets
 from mixbits.asr.score_plan import LongHypotheses, ScorePlan, plan_scores
 from mixbits.asr.trie import TokenForest, plan_forests
 from mixbits.asr.weights import Weights, check_no_overlap
@@ -60,6 +60,17 @@ class LmFeatures:
         """Distinct prefixes over tokens: the share of the work that prefix sharing leaves."""
         total = int(self.num_tokens.sum())
         return self.num_nodes / total if total else 1.0
+
+    def part(self, lists: Sequence[NBest], numbers: Sequence[int]) -> LmFeatures:
+        """The scores of some of the lists that these are for; counts of work stay those of all."""
+        offsets = list_offsets(lists)
+        rows = np.concatenate([np.arange(offsets[number], offsets[number + 1]) for number in numbers])
+        return replace(
+            self,
+            neural_lm_score=self.neural_lm_score[rows],
+            num_unknown=self.num_unknown[rows],
+            num_tokens=self.num_tokens[rows],
+        )
 
 
 @dataclass(frozen=True)

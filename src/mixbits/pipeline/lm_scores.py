@@ -1,11 +1,11 @@
 """Neural LM scores of n-best lists from a model directory: vocabulary check, tries, and a cache on disk.
 
 A hypothesis is scored as the training text was: boundary token, the text's tokens, boundary token. A word outside the
-vocabulary gets the probability of ``<unk>`` (whatever the tokenizer makes of it) and is counted, so that tuning can set a
-penalty for each. A list of which most words are unknown is refused: vocabulary and list do not belong together.
+vocabulary gets the probability of ``<unk>`` (whatever the tokenizer makes of it; :mod:`mixbits.pipeline.unknown` may add to it) and is
+counted, so that tuning can set a penalty for each. A list of which most words are unknown is refused: vocabulary and list do not belong together.
 
 The cache holds one file per model and lists; its key covers the weight, configuration and tokenizer files, the texts, their
-case and the way of scoring. Limit: a tokenizer without ``<unk>`` (byte-level BPE) knows every word, so a wrong case goes unnoticed there.
+case, what stands before them and the way of scoring. Limit: a tokenizer without ``<unk>`` (byte-level BPE) knows every word, so a wrong case goes unnoticed there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +23,18 @@ import numpy as np
 
 from mixbits.asr.nbest import NBest
 from mixbits.asr.rescore import DEFAULT_MAX_TOKENS, LmFeatures, lm_features
+from mixbits.asr.score_plan import LongHypotheses
 from mixbits.errors import DataError, SpecError
 from mixbits.jsonfile import read_json
 from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import boundary_id, encode_lines
 from mixbits.lm.forest import ForestScorer, SequenceScorer
 from mixbits.lm.tokenizer import load_tokenizer
+from mixbits.pipeline.unknown import UnknownPolicy, unknown_word_scores
 from mixbits.runs import hash_file, hash_text
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
+DEFAULT_HISTORY_TOKENS = 64
 _ENCODE_BATCH = 4096
 _MAX_UNKNOWN_SHARE = 0.5
 
@@ -53,6 +57,7 @@ class SpeechModel:
     def __init__(self, source: str | Path | tuple[Any, Any]) -> None:
         self.directory = None if isinstance(source, tuple) else Path(source)
         self._loaded = source if isinstance(source, tuple) else None
+        self._scorers: dict[Runtime, Any] = {}
         if self.directory is not None and not (self.directory / "config.json").is_file():
             raise DataError(f"{self.directory}: no config.json; expected a Hugging Face model directory, packed or not")
 
@@ -71,9 +76,11 @@ class SpeechModel:
             assert self._loaded is not None
             return self._loaded[0]
         import mixbits.hf  # noqa: F401 (registers packed models with transformers)
+        from mixbits.packing.archive import unarchived
         from mixbits.packing.modules import set_weight_cache
 
-        model, _ = load_model(self.directory)
+        with unarchived(self.directory) as directory:
+            model, _ = load_model(directory)
         set_weight_cache(model)
         return model
 
@@ -105,13 +112,16 @@ class SpeechModel:
 
     def score_forest(self, runtime: Runtime) -> Any:
         """Callable, forest -> log-probability of each node, for a runtime other than ``auto``."""
-        if runtime == "pytorch":
-            return ForestScorer(self.model)
-        from mixbits.engine import Engine
+        if runtime not in self._scorers:
+            if runtime == "pytorch":
+                self._scorers[runtime] = ForestScorer(self.model)
+            else:
+                from mixbits.engine import Engine
 
-        assert self.directory is not None
-        assert runtime != "auto"
-        return Engine(self.directory, activations=runtime)
+                assert self.directory is not None
+                assert runtime != "auto"
+                self._scorers[runtime] = Engine(self.directory, activations=runtime)
+        return self._scorers[runtime]
 
     @cached_property
     def model_hash(self) -> str | None:
@@ -143,6 +153,12 @@ def neural_features(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     scoring: Scoring = "trie",
     runtime: Runtime = "auto",
+    merge_order: int | None = None,
+    long_hypotheses: LongHypotheses = "refuse",
+    unknown_policy: UnknownPolicy = "penalty",
+    num_unknown_types: int | None = None,
+    earlier: Sequence[Sequence[str]] | None = None,
+    max_history_tokens: int = DEFAULT_HISTORY_TOKENS,
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> LmFeatures:
@@ -153,6 +169,10 @@ def neural_features(
         max_tokens: bound on model positions at once.
         scoring: ``one-by-one`` for models that cannot score tries (the error of ``trie`` says so).
         runtime: what computes, see :data:`Runtime`.
+        merge_order, long_hypotheses: see :func:`mixbits.asr.rescore.lm_features`.
+        unknown_policy, num_unknown_types: see :mod:`mixbits.pipeline.unknown`.
+        earlier: for each list the texts before it, earliest first, of which the model sees the last ``max_history_tokens`` tokens; the
+            share of unknown words is then the caller's to check (:func:`check_words`).
         cache: folder of kept scores; a second call with the same model and texts reads them.
 
     Raises:
@@ -162,12 +182,17 @@ def neural_features(
     if not isinstance(model, SpeechModel):
         model = SpeechModel(model)
     texts = [_cased(hypothesis.text, lower_case) for entry in lists for hypothesis in entry.hypotheses]
+    before = None if earlier is None else [[_cased(text, lower_case) for text in some] for some in earlier]
     runtime = model.runtime(runtime, scoring)
-    kept = _cache_file(model, lists, texts, scoring if runtime == "pytorch" else f"{scoring} {runtime}", cache)
+    way: list[object] = [scoring, runtime, merge_order, long_hypotheses, unknown_policy, num_unknown_types]
+    way += [] if before is None else [max_history_tokens, before]
+    kept = _cache_file(model, lists, texts, repr(way), cache)
     if kept is not None and (found := _read_cache(kept, len(texts))) is not None:
         return found
     unknown = unknown_words(model.tokenizer, texts)
-    check_vocabulary(model.tokenizer, texts, unknown, lower_case=lower_case)
+    if before is None:  # with history, lists may come one by one: the caller looks at them together
+        check_vocabulary(model.tokenizer, texts, unknown, lower_case=lower_case)
+    added = unknown_word_scores(unknown_policy, unknown, model.tokenizer, num_types=num_unknown_types)
     ids = encode_texts(model.tokenizer, texts)
     features = lm_features(
         lists,
@@ -176,11 +201,28 @@ def neural_features(
         score_hypotheses=SequenceScorer(model.model) if scoring == "one-by-one" else None,
         count_unknown=lambda text: sum(word in unknown for word in _cased(text, lower_case).split()),
         max_tokens_per_forest=max_tokens,
+        contexts=None if before is None else _contexts(model.tokenizer, before, max_history_tokens),
+        long_hypotheses=long_hypotheses,
+        merge_order=merge_order,
         progress=progress,
     )
+    if unknown_policy != "penalty":
+        more = np.array([sum(added.get(word, 0.0) for word in text.split()) for text in texts])
+        features = replace(features, neural_lm_score=features.neural_lm_score + more)
     if kept is not None:
         _write_cache(kept, features)
     return features
+
+
+def _contexts(tokenizer: Any, earlier: Sequence[Sequence[str]], max_tokens: int) -> list[list[int]]:
+    """A boundary, then the last ``max_tokens`` ids of the earlier texts, a boundary after each."""
+    ids = encode_texts(tokenizer, (text for some in earlier for text in some))
+    boundary = boundary_id(tokenizer)
+    contexts = []
+    for some in earlier:
+        tail = [token for text in some for token in ids[text][1:]]
+        contexts.append([boundary, *(tail[-max_tokens:] if max_tokens > 0 else [])])
+    return contexts
 
 
 def encode_texts(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
@@ -209,6 +251,12 @@ def unknown_share(tokenizer: Any, texts: Sequence[str], *, lower_case: bool = Fa
     """Share of running words outside the vocabulary; 0 for no words."""
     texts = [_cased(text, lower_case) for text in texts]
     return _share(texts, unknown_words(tokenizer, texts))
+
+
+def check_words(tokenizer: Any, lists: Sequence[NBest], *, lower_case: bool) -> None:
+    """:func:`check_vocabulary` over all hypotheses."""
+    texts = [_cased(hypothesis.text, lower_case) for entry in lists for hypothesis in entry.hypotheses]
+    check_vocabulary(tokenizer, texts, unknown_words(tokenizer, texts), lower_case=lower_case)
 
 
 def check_vocabulary(tokenizer: Any, texts: Sequence[str], unknown: frozenset[str], *, lower_case: bool) -> None:
@@ -261,12 +309,12 @@ def _read_cache(path: Path, num_hypotheses: int) -> LmFeatures | None:
     try:
         with np.load(path, allow_pickle=False) as kept:
             scores, unknown, tokens = (kept[name] for name in ("neural_lm_score", "num_unknown", "num_tokens"))
-            num_nodes, seconds = int(kept["num_nodes"]), float(kept["seconds"])
+            num_nodes, seconds, num_windows = int(kept["num_nodes"]), float(kept["seconds"]), int(kept["num_windows"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     if {scores.shape, unknown.shape, tokens.shape} != {(num_hypotheses,)} or not np.all(np.isfinite(scores)):
         return None
-    return LmFeatures(scores, unknown, tokens, num_nodes, seconds)
+    return LmFeatures(scores, unknown, tokens, num_nodes, seconds, num_windows)
 
 
 def _write_cache(path: Path, features: LmFeatures) -> None:
@@ -280,6 +328,7 @@ def _write_cache(path: Path, features: LmFeatures) -> None:
             num_tokens=features.num_tokens,
             num_nodes=features.num_nodes,
             seconds=features.seconds,
+            num_windows=features.num_windows,
         )
         os.replace(temporary, path)
     finally:
