@@ -46,6 +46,8 @@ COMMANDS: dict[str, str] = {
     "verify": "Check every file of a packed model, checksums included.",
     "archive": "Compress a packed model's files without loss, for keeping.",
     "unarchive": "Unpack an archived model to the very same files.",
+    "convert": "Convert n-best lists from one format to another.",
+    "lint": "Look for what is wrong in n-best lists.",
     "rescore": "Rescore n-best lists; word error rates and significance.",
     "certify": "Is a packed model lossless? A verdict with its evidence.",
     "report": "Show result files as a table and as one HTML page.",
