@@ -1,7 +1,8 @@
 """``mixbits rescore LIST --model DIR``: rescored n-best lists, word error rates, significance.
 
-Where the weights come from: tuned on a dev list (``--dev``), a file of an earlier run (``--weights``), or by hand
-(``--lm-scale``). They are never tuned on LIST itself.
+Where the weights come from: tuned on a dev list (``--dev``), a file of an earlier run (``--weights``), by hand (``--lm-scale``), or,
+where there is no dev list, tuned on the other parts of LIST for each part (``--cross-validate``). No utterance is ever rescored with
+weights that its own reference chose.
 """
 
 from __future__ import annotations
@@ -12,21 +13,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mixbits.cli.convert import OutputName
+
 if TYPE_CHECKING:
     from mixbits.asr.weights import Weights
-    from mixbits.pipeline.rescore import RescoredList
+    from mixbits.pipeline.rescore import RescoredList, ScoreSettings
 
 _HOW_TO_WEIGH = (
     "how much should the language model count? Weights are tuned on a list with references that is not LIST: give --dev DEV_LIST, "
-    "or --weights FILE from an earlier run (--save-weights), or set --lm-scale and --word-insertion-penalty by hand"
+    "or --weights FILE from an earlier run (--save-weights), or set --lm-scale and --word-insertion-penalty by hand; without any other "
+    "list: --cross-validate 5"
 )
 
 
 def main(
-    nbest: Annotated[Path, typer.Argument(metavar="LIST", help="n-best lists: JSONL, also .gz or .xz.")],
+    nbest: Annotated[Path, typer.Argument(metavar="LIST", help="n-best lists, in any format that convert reads.")],
     model: Annotated[Path, typer.Option("--model", "-m", help="Model directory, full precision or packed.")],
     dev: Annotated[Path | None, typer.Option(help="Tune the weights on these lists (with references).")] = None,
     weights: Annotated[Path | None, typer.Option(help="Use the weights of an earlier run.")] = None,
+    cross_validate: Annotated[
+        int | None, typer.Option(min=2, help="No dev list: tune each of so many parts of LIST on the others.")
+    ] = None,
     lm_scale: Annotated[float | None, typer.Option(help="By hand: weight of the model's log-probability.")] = None,
     first_pass_lm_scale: Annotated[
         float | None, typer.Option(help="By hand: weight of the lists' own lm_score (0 if not given).")
@@ -40,6 +47,9 @@ def main(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the rescored lists here (.gz, .xz).")
     ] = None,
+    output_format: Annotated[
+        OutputName | None, typer.Option("--output-format", help="Format of --output (default: by .jsonl, .tsv, .trn).")
+    ] = None,
     save_weights: Annotated[Path | None, typer.Option(help="Write the weights here.")] = None,
     lower_case: Annotated[bool, typer.Option("--lower-case", help="Give the model the texts in lower case.")] = False,
     max_tokens: Annotated[int, typer.Option(min=2, help="Model positions at once: less needs less memory.")] = 4096,
@@ -52,6 +62,25 @@ def main(
             help="auto: packed models that it can run on the native engine with 8-bit activations, others in PyTorch."
         ),
     ] = "auto",
+    history: Annotated[
+        Literal["none", "first-pass", "rescored", "reference"],
+        typer.Option(help="Earlier utterances of the conversation as context; which text they have."),
+    ] = "none",
+    history_tokens: Annotated[int, typer.Option(min=1, help="At most so many last tokens of them.")] = 64,
+    unknown_words: Annotated[
+        Literal["penalty", "shared", "spelling"],
+        typer.Option(help="Words outside the vocabulary: <unk> as it is, a share of it, or times their spelling."),
+    ] = "penalty",
+    unknown_types: Annotated[
+        int | None, typer.Option(min=1, help="shared: how many distinct words <unk> stands for.")
+    ] = None,
+    merge_order: Annotated[
+        int | None, typer.Option(min=1, help="Faster, not exact: histories equal in so many last tokens share a state.")
+    ] = None,
+    long_hypotheses: Annotated[
+        Literal["refuse", "window"],
+        typer.Option(help="Hypotheses longer than the model takes: an error that names them, or a sliding window."),
+    ] = "refuse",
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="Allow utterances that the weights were tuned on.")
     ] = False,
@@ -65,10 +94,12 @@ def main(
     hypothesis of each list), the reference model, the model. p: MAPSSWE, two-sided.
     """
     by_hand = (lm_scale, first_pass_lm_scale, word_insertion_penalty)
-    given = _given_weights(weights, dev, *by_hand)
+    given = _given_weights(weights, dev, cross_validate, *by_hand)
     _check_outputs(nbest, {"--output": output, "--save-weights": save_weights, "--json": json})
 
-    from mixbits.asr.formats.jsonl import write_nbest
+    _check_format(nbest, output, output_format)
+
+    from mixbits.asr.formats.registry import write_rescored
     from mixbits.pipeline.rescore import MODEL, ScoreSettings, rescore_list
     from mixbits.runs import write_json
 
@@ -79,37 +110,44 @@ def main(
         cache=cache,
         show_progress=sys.stderr.isatty(),
         runtime=runtime,
+        merge_order=merge_order,
+        long_hypotheses=long_hypotheses,
+        unknown_policy=unknown_words,
+        num_unknown_types=unknown_types,
+        history=history,
+        max_history_tokens=history_tokens,
     )
     result = rescore_list(
-        nbest, model, weights=given, dev=dev, reference_model=reference_model, settings=settings,
+        nbest, model, weights=given, dev=dev, num_folds=cross_validate, reference_model=reference_model, settings=settings,
         allow_overlap=allow_overlap, seed=seed,
     )  # fmt: skip
-    written = []
+    written, left_out = [], []
     if output is not None:
-        write_nbest(output, result.lists)
+        left_out = write_rescored(output, result.lists, format=output_format)
         written.append(output)
     if save_weights is not None:
         result.weights[MODEL].save(save_weights)
         written.append(save_weights)
     if json is not None:
         sources = {"list": nbest, "dev": dev, "model": model, "reference": reference_model}
-        write_json(
-            json, _record(result, {k: str(v) for k, v in sources.items() if v is not None}, lower_case, seed, runtime)
-        )
+        write_json(json, _record(result, {k: str(v) for k, v in sources.items() if v is not None}, settings, seed))
         written.append(json)
     _print(result, model, reference_model)
     for path in written:
         typer.echo(f"wrote {path}")
+    if left_out:
+        typer.echo(f"Note: {output} has no place for {', '.join(left_out)}.")
 
 
 def _given_weights(
     path: Path | None,
     dev: Path | None,
+    cross_validate: int | None,
     lm_scale: float | None,
     first_pass_lm_scale: float | None,
     word_insertion_penalty: float | None,
 ) -> Weights | None:
-    """Weights from a file or by hand; None when a dev list is given. Raises SpecError unless there is exactly one source."""
+    """Weights from a file or by hand; None when they are to be tuned. Raises SpecError unless there is exactly one source."""
     from mixbits.asr.weights import Weights, load_weights
     from mixbits.errors import SpecError
 
@@ -119,7 +157,8 @@ def _given_weights(
         "--word-insertion-penalty": word_insertion_penalty,
     }
     used = [name for name, value in hand.items() if value is not None]
-    sources = [name for name, value in (("--dev", dev), ("--weights", path)) if value is not None] + used[:1]
+    lists = (("--dev", dev), ("--weights", path), ("--cross-validate", cross_validate))
+    sources = [name for name, value in lists if value is not None] + used[:1]
     if not sources:
         raise SpecError(_HOW_TO_WEIGH)
     if len(sources) > 1:
@@ -128,7 +167,7 @@ def _given_weights(
         raise SpecError(f"{used[0]} needs --lm-scale beside it: how much the language model counts")
     if path is not None:
         return load_weights(path)
-    if dev is not None:
+    if dev is not None or cross_validate is not None:
         return None
     assert lm_scale is not None
     return Weights(
@@ -153,6 +192,18 @@ def _check_outputs(nbest: Path, outputs: dict[str, Path | None]) -> None:
             raise DataError(f"{option} {path}: is the same file as {other}; choose another name")
 
 
+def _check_format(nbest: Path, output: Path | None, output_format: OutputName | None) -> None:
+    """Find out before an hour of scoring that the lists do not fit the format of the result."""
+    if output is None:
+        return
+    from mixbits.asr.formats import registry
+
+    chosen = registry.output_format(output, output_format)
+    if chosen != "jsonl":
+        lists = registry.read_any(nbest).lists
+        registry.check_output(registry.rescored_view(lists, chosen)[0], chosen)
+
+
 def _check_writable(path: Path, option: str) -> None:
     """Raise DataError unless a file can be made there, folders included."""
     import os
@@ -166,7 +217,7 @@ def _check_writable(path: Path, option: str) -> None:
         raise DataError(f"{option} {path}: no permission to write in {nearest}; choose another place")
 
 
-def _record(result: RescoredList, sources: dict[str, str], lower_case: bool, seed: int, runtime: str) -> dict[str, Any]:
+def _record(result: RescoredList, sources: dict[str, str], settings: ScoreSettings, seed: int) -> dict[str, Any]:
     from mixbits.pipeline.rescore import weight_values
     from mixbits.pipeline.speech_rows import NO_LOSS_RULE
     from mixbits.runs import versions
@@ -178,7 +229,7 @@ def _record(result: RescoredList, sources: dict[str, str], lower_case: bool, see
         **sources,
         "hashes": {"list": result.data_hash, **{k: w.model_hash for k, w in result.weights.items() if w.model_hash}},
         "seed": seed,
-        "lower_case": lower_case,
+        "lower_case": settings.lower_case,
         "rows": result.entries,
         "facts": result.facts,
         "weights": {name: weight_values(weights) for name, weights in result.weights.items()},
@@ -188,8 +239,15 @@ def _record(result: RescoredList, sources: dict[str, str], lower_case: bool, see
             "tokens": int(lm.num_tokens.sum()),
             "distinct_prefixes": lm.num_nodes,
             "seconds": lm.seconds,
-            "runtime": runtime,
+            "unknown_words": int(lm.num_unknown.sum()),
+            "sliding_window": lm.num_windows,
+            "runtime": settings.runtime,
+            "unknown_policy": settings.unknown_policy,
+            "history": settings.history,
+            "max_history_tokens": settings.max_history_tokens if settings.history != "none" else None,
+            "merge_order": settings.merge_order,
         },
+        "merging": result.merging,
         "notes": list(result.notes),
         "versions": versions(),
     }
@@ -236,6 +294,17 @@ def _print(result: RescoredList, model: Path, reference_model: Path | None) -> N
         f"({lm.shared:.0%}), {lm.seconds:.1f} s; {int(lm.num_unknown.sum()):,} unknown words.",
         soft_wrap=True,
     )
+    if lm.num_windows:
+        console.print(
+            f"{lm.num_windows:,} hypotheses were longer than the model takes: sliding window.", soft_wrap=True
+        )
+    if (merging := result.merging) is not None:
+        console.print(
+            f"Merged histories, against exact scores of {merging['lists']:,} lists ({merging['hypotheses']:,} hypotheses): "
+            f"{merging['share_left']:.0%} of the model positions, scores off by {merging['mean_nats']:.3f} nats on average "
+            f"(at most {merging['max_nats']:.2f}), {merging['changed']} one-bests changed.",
+            soft_wrap=True,
+        )
     for note in result.notes:
         console.print(f"Note: {note}", soft_wrap=True)
 

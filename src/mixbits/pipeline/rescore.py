@@ -13,20 +13,20 @@ with weights from dev lists, a file or by hand, with or without references.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from mixbits.asr.formats.jsonl import NBestFile, read_nbest
+from mixbits.asr.formats.nbestfile import NBestFile
+from mixbits.asr.formats.registry import read_any
 from mixbits.asr.nbest import NBest, one_best_texts, reference_texts
 from mixbits.asr.rescore import DEFAULT_MAX_TOKENS, LmFeatures, apply_weights
-from mixbits.asr.tune import tune_on_lists
 from mixbits.asr.weights import SCALES, Weights, check_no_overlap
-from mixbits.errors import DataError, SpecError
-from mixbits.pipeline.lm_scores import Runtime, Scoring, SpeechModel, neural_features, unknown_share
+from mixbits.errors import SpecError
+from mixbits.pipeline.cross_validation import cross_validate
+from mixbits.pipeline.lm_scores import Runtime, Scoring, SpeechModel, unknown_share
+from mixbits.pipeline.scoring import ScoreSettings, merging_error, tune_system
 from mixbits.pipeline.speech_rows import (
     FIRST_PASS,
     FIRST_PASS_TUNED,
@@ -37,64 +37,22 @@ from mixbits.pipeline.speech_rows import (
     list_facts,
 )
 
-__all__ = ["RescoredList", "ScoreSettings", "neural_features", "rescore_list", "rescore_systems", "tune_system"]
+__all__ = ["RescoredList", "ScoreSettings", "rescore_list", "rescore_systems", "tune_system"]
 
 MODEL, REFERENCE = "model", "reference"
-UNKNOWN_WORDS = "A word outside the language model's vocabulary gets the probability of <unk>; a penalty added per such word is tuned on dev."
+_UNKNOWN = {
+    "penalty": "the probability of <unk>",
+    "shared": "an equal share of the probability of <unk>",
+    "spelling": "the probability of <unk> times that of its spelling",
+}
 
 
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How language models score lists; see :func:`mixbits.pipeline.lm_scores.neural_features`.
-
-    ``interpolate``: "equal" puts the mean of the model's and the list's own LM score (natural logs, unscaled) in the place of
-    both, with one weight; "tuned" gives each a weight of its own.
-    """
-
-    lower_case: bool = False
-    max_tokens: int = DEFAULT_MAX_TOKENS
-    scoring: Scoring = "trie"
-    cache: str | Path | None = None
-    show_progress: bool = False
-    interpolate: Literal["tuned", "equal"] = "tuned"
-    runtime: Runtime = "auto"
-
-    def score(self, model: SpeechModel, lists: Sequence[NBest]) -> LmFeatures:
-        """LM scores of all hypotheses."""
-        return neural_features(
-            model, lists, lower_case=self.lower_case, max_tokens=self.max_tokens, scoring=self.scoring,
-            runtime=self.runtime, cache=self.cache, progress=self.show_progress,
-        )  # fmt: skip
-
-    def apart(self, model: SpeechModel, lists: Sequence[NBest]) -> tuple[Sequence[NBest], LmFeatures]:
-        """Lists and LM scores with a weight each, as ``interpolate`` says. Raises DataError where a list has no LM score to mix."""
-        lm = self.score(model, lists)
-        if self.interpolate == "tuned":
-            return lists, lm
-        own = [h.lm_score for entry in lists for h in entry.hypotheses]
-        if None in own:
-            raise DataError(
-                "interpolate is 'equal' and some hypotheses have no lm_score; expected the n-gram's for all"
-            )
-        mean = 0.5 * (lm.neural_lm_score + np.array(own, dtype=np.float64))
-        bare = [replace(e, hypotheses=tuple(replace(h, lm_score=None) for h in e.hypotheses)) for e in lists]
-        return bare, replace(lm, neural_lm_score=mean)
-
-
-def tune_system(model: SpeechModel | None, dev: NBestFile, *, settings: ScoreSettings, seed: int = 0) -> Weights:
-    """Weights of a system, tuned on dev lists with references; ``model`` None tunes the first pass alone."""
-    reference_texts(dev)
-    if model is None:
-        return tune_on_lists(dev, data_hash=dev.data_hash, seed=seed).weights
-    lists, lm = settings.apart(model, dev)
-    return tune_on_lists(
-        lists,
-        neural_lm_score=lm.neural_lm_score,
-        num_unknown=lm.num_unknown,
-        model_hash=model.model_hash,
-        data_hash=dev.data_hash,
-        seed=seed,
-    ).weights
+def unknown_note(settings: ScoreSettings) -> str:
+    """What an unknown word counts, in one sentence."""
+    return (
+        f"A word outside the language model's vocabulary gets {_UNKNOWN[settings.unknown_policy]}; "
+        "a penalty added per such word is tuned on dev."
+    )
 
 
 def rescore_systems(
@@ -132,8 +90,8 @@ def rescore_systems(
     """
     _check_names(systems, tests, reference_system)
     settings = ScoreSettings(lower_case, max_tokens, scoring, cache, show_progress, interpolate, runtime)
-    dev_file = _cut(read_nbest(dev), max_hypotheses)
-    files = {name: _cut(read_nbest(path), max_hypotheses) for name, path in tests.items()}
+    dev_file = _cut(read_any(dev), max_hypotheses)
+    files = {name: _cut(read_any(path), max_hypotheses) for name, path in tests.items()}
     reference_texts(dev_file)
     for file in files.values():
         reference_texts(file)
@@ -147,7 +105,7 @@ def rescore_systems(
         model = models.pop(system)  # one model in memory at a time
         weights[system] = tune_system(model, dev_file, settings=settings, seed=seed)
         for name, file in files.items():
-            lists, lm = (file, None) if model is None else settings.apart(model, file)
+            lists, lm = (file, None) if model is None else settings.apart(model, file, weights=weights[system])
             outputs[name][system] = apply_weights(lists, lm, weights[system], allow_overlap=allow_overlap).one_best
         if model is not None and system == reference_system:
             for name, file in {"dev": dev_file, **files}.items():
@@ -159,7 +117,10 @@ def rescore_systems(
         name: list_facts(entry) | {"unknown_share": unknown[name], "data_hash": entry.data_hash}
         for name, entry in {"dev": dev_file, **files}.items()
     }
-    notes = [f"{FIRST_PASS} is the order of the hypotheses in the file. Weights are tuned on dev only.", UNKNOWN_WORDS]
+    notes = [
+        f"{FIRST_PASS} is the order of the hypotheses in the file. Weights are tuned on dev only.",
+        unknown_note(settings),
+    ]
     if first_pass_tuned:
         notes.append(f"List {headline!r}: {gain_over_tuning(file, texts, reference_system)}")
     return {
@@ -189,7 +150,8 @@ class RescoredList:
     """One list rescored by ``model``, and by ``reference`` where there is a reference model.
 
     ``lists``: sorted by the model's total score. ``weights``: by system. ``entries`` and ``facts``: word errors
-    (:mod:`mixbits.pipeline.speech_rows`), None where no utterance has a reference. ``lm``: the model's scores.
+    (:mod:`mixbits.pipeline.speech_rows`), None where no utterance has a reference. ``lm``: the model's scores. ``merging``: what merged
+    histories changed (:func:`mixbits.pipeline.scoring.merging_error`), None without them.
     """
 
     lists: tuple[NBest, ...]
@@ -199,6 +161,7 @@ class RescoredList:
     lm: LmFeatures
     data_hash: str
     notes: tuple[str, ...]
+    merging: Mapping[str, float] | None = None
 
 
 def rescore_list(
@@ -207,34 +170,48 @@ def rescore_list(
     *,
     weights: Weights | None = None,
     dev: str | Path | None = None,
+    num_folds: int | None = None,
     reference_model: str | Path | None = None,
     settings: ScoreSettings | None = None,
     allow_overlap: bool = False,
     seed: int = 0,
 ) -> RescoredList:
-    """Rescore one list, with given ``weights`` (the same for both models) or weights tuned on ``dev`` for each model.
+    """Rescore one list, with given ``weights`` (the same for both models), or weights tuned on ``dev`` for each model, or with
+    ``num_folds`` parts of the list itself, each with weights tuned on the others (:mod:`mixbits.pipeline.cross_validation`).
 
     Utterances without a reference are rescored and left out of the word errors; their number is noted.
 
     Raises:
-        SpecError: not exactly one of ``weights`` and ``dev``. DataError, FormatError: lists, models, overlap with dev.
+        SpecError: not exactly one of ``weights``, ``dev`` and ``num_folds``. DataError, FormatError: lists, models, overlap with dev.
     """
-    if (weights is None) == (dev is None):
-        raise SpecError("give either weights or a dev list to tune them on")
-    settings, notes = settings or ScoreSettings(), [UNKNOWN_WORDS]
-    file = read_nbest(path)
-    dev_file = None if dev is None else read_nbest(dev)
+    if [weights, dev, num_folds].count(None) != 2:
+        raise SpecError(
+            "give either weights, or a dev list to tune them on, or a number of parts to cross-validate over"
+        )
+    settings = settings or ScoreSettings()
+    notes = [unknown_note(settings)]
+    file = read_any(path)
+    dev_file = None if dev is None else read_any(dev)
     source = dev_file if dev_file is not None else weights
-    assert source is not None
-    shared = _refuse_overlap(source, file, allow_overlap=allow_overlap)
+    shared = 0 if source is None else _refuse_overlap(source, file, allow_overlap=allow_overlap)
     if shared:
         notes.append(f"{shared} utterances of this list were tuned on: its word error rates are too good.")
     sources = {} if reference_model is None else {REFERENCE: reference_model}
-    systems: dict[str, SpeechModel | None] = {} if dev_file is None else {FIRST_PASS_TUNED: None}
+    systems: dict[str, SpeechModel | None] = {} if weights is not None else {FIRST_PASS_TUNED: None}
     systems |= {name: SpeechModel(directory) for name, directory in {**sources, MODEL: model}.items()}
     found: dict[str, Weights] = {}
     outputs = {FIRST_PASS: one_best_texts(file)}
     for system, scorer in systems.items():
+        if num_folds is not None:
+            parts = cross_validate(scorer, file, settings=settings, num_folds=num_folds, seed=seed)
+            done, lm, found[system] = parts.rescored, parts.lm, parts.weights
+            outputs[system] = done.one_best
+            if system == MODEL:
+                notes.append(
+                    f"Cross-validated over {num_folds} parts of whole {parts.unit}: each was rescored with weights tuned on the "
+                    "others. The weights shown (and saved) were tuned on all."
+                )
+            continue
         if dev_file is not None:
             found[system] = tune_system(scorer, dev_file, settings=settings, seed=seed)
         else:
@@ -242,7 +219,7 @@ def rescore_list(
             found[system] = weights
             if system == MODEL and scorer is not None and weights.model_hash not in (None, scorer.model_hash):
                 notes.append("The weights were tuned for another model; tune them for this one on a dev list.")
-        lm = None if scorer is None else settings.score(scorer, file)
+        lm = None if scorer is None else settings.score(scorer, file, weights=found[system])
         done = apply_weights(file, lm, found[system], allow_overlap=allow_overlap)
         outputs[system] = done.one_best
     assert lm is not None  # MODEL comes last
@@ -258,7 +235,11 @@ def rescore_list(
         facts = list_facts(part)
         if FIRST_PASS_TUNED in texts:
             notes.append(gain_over_tuning(part, texts, MODEL))
-    return RescoredList(done.lists, found, entries, facts, lm, file.data_hash, tuple(notes))
+    merging = None
+    if settings.merge_order is not None:
+        assert scorer is not None
+        merging = merging_error(scorer, file.lists, lm, found[MODEL], settings)
+    return RescoredList(done.lists, found, entries, facts, lm, file.data_hash, tuple(notes), merging)
 
 
 def weight_values(weights: Weights) -> dict[str, float]:
