@@ -153,6 +153,46 @@ def test_lower_case_and_overlap_on_purpose(world, tmp_path, capsys):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_history_unknown_words_and_parts_of_the_list_itself(world, tmp_path, capsys):
+    lists, results = world / "test.jsonl.gz", tmp_path / "r.json"
+    how = (
+        "--history",
+        "first-pass",
+        "--history-tokens",
+        6,
+        "--unknown-words",
+        "spelling",
+        "--long-hypotheses",
+        "window",
+    )
+    assert run(lists, "--model", world / "trained", "--cross-validate", 3, *how, "--json", results) == 0
+    assert "Cross-validated over 3 parts of whole speakers" in capsys.readouterr().out
+    scoring = json.loads(results.read_text())["scoring"]
+    assert (scoring["history"], scoring["max_history_tokens"], scoring["unknown_policy"]) == (
+        "first-pass",
+        6,
+        "spelling",
+    )
+    assert scoring["unknown_words"] > 0
+
+    by_hand = ("--model", world / "trained", "--lm-scale", 0.5)
+    assert run(lists, *by_hand, "--merge-order", 1, "--json", results) == 0
+    merging = json.loads(results.read_text())["merging"]
+    assert f"{merging['changed']} one-bests changed" in capsys.readouterr().out
+
+    for wrong, message in (
+        (("--cross-validate", 3, "--dev", world / "dev.jsonl"), "exclude each other"),
+        (("--cross-validate", 3, "--history", "rescored"), "cross-validate with 'first-pass'"),
+        (("--lm-scale", 1, "--unknown-words", "shared"), "needs the number of words it stands for"),
+        (("--lm-scale", 1, "--merge-order", 2, "--history", "reference"), "exclude each other"),
+        (("--lm-scale", 1, "--merge-order", 2, "--one-by-one"), "need prefix tries"),
+    ):
+        assert run(lists, "--model", world / "trained", *wrong) == 2
+        error = capsys.readouterr().err
+        assert message in " ".join(error.split()), error
+        assert "Traceback" not in error
+
+
 def test_help_names_the_options(capsys):
     assert main(["rescore", "--help"]) == 0
     text = capsys.readouterr().out
