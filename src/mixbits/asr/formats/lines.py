@@ -66,11 +66,10 @@ def raw_lines(name: str, digest: Any, max_line_bytes: int, *, expected: str) -> 
         while line := stream.readline(max_line_bytes + 1):
             number += 1
             digest.update(line)
-            rest = line
-            while len(line) > max_line_bytes and rest and not rest.endswith(b"\n"):
-                rest = stream.readline(1 << 20)
-                digest.update(rest)
             yield number, line
+            while len(line) > max_line_bytes and line and not line.endswith(b"\n"):  # the rest, where the caller goes on
+                line = stream.readline(max_line_bytes + 1)
+                digest.update(line)
 
 
 def decode_line(line: bytes, *, where: str, first: bool, max_line_bytes: int = MAX_LINE_BYTES) -> str:
