@@ -3,6 +3,7 @@
 # make test    set up and run the tests                              make clean   remove what make made, .venv aside
 #
 # PYTHON=python3.12 make setup   chooses the interpreter (3.10 or newer).
+# make bench-rescore speed of rescoring on this processor (a quarter of an hour; MIXBITS_DATA).
 # make bench-speed   speed of packed models on this processor (minutes; benchmarks/README.md); BENCH_ARGS="--rounds 5" adds arguments.
 # TEST_ARGS="-k wer" make test   passes arguments to pytest.  TEST_WORKERS=4 uses more processes.
 
@@ -17,7 +18,7 @@ BENCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 
-.PHONY: setup demo test lint build bench-speed clean distclean
+.PHONY: setup demo test lint build bench-speed bench-rescore clean distclean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed-all
@@ -62,6 +63,10 @@ build: setup
 # Speed and memory against PyTorch (and llama.cpp: benchmarks/README.md); needs an idle machine.
 bench-speed: setup
 	$(BIN)/python benchmarks/bench_speed.py $(BENCH_ARGS) --output results/speed.json
+
+# Rescoring n-best lists against padded batches (benchmarks/README.md); needs MIXBITS_DATA and an idle machine.
+bench-rescore: setup
+	$(BIN)/python benchmarks/bench_rescore.py $(BENCH_ARGS) --output results/rescore.json
 
 clean:
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
