@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
@@ -36,7 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mixbits.errors import DataError, FormatError, SpecError
 from mixbits.kernels.cpu import Activations, activation_number, is_available, say_unavailable
 from mixbits.layers import layer_kind
-from mixbits.packing.archive import unarchive_packed
+from mixbits.packing.archive import unarchived
 from mixbits.packing.checkpoint import to_float16
 from mixbits.packing.kernel_layers import use_kernels
 from mixbits.packing.modules import PackedUnit, packed_layer, set_weight_cache
@@ -278,9 +277,9 @@ def load(
     """Load a packed causal LM from a directory, in evaluation mode. An archive is unpacked into a temporary folder for it.
 
     dtype: of activations (default float32); cache_weights: keep the unpacked matrices after first use, 4 bytes a weight
-    in float32, which makes repeated scoring faster; kernels: multiply with the compiled kernels, activations in ``int8`` or
-    ``float32`` (:func:`~mixbits.packing.kernel_layers.use_kernels`); without the compiled library that is said once and PyTorch does
-    it. Raises DataError (no such directory, files missing), FormatError, SpecError.
+    in float32, which makes repeated scoring faster; kernels: multiply with the compiled kernels, and with Triton's after ``.to("cuda")``,
+    activations in ``int8`` or ``float32`` (:func:`~mixbits.packing.kernel_layers.use_kernels`); without the compiled library that is
+    said once and PyTorch does it. Raises DataError (no such directory, files missing), FormatError, SpecError.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -291,8 +290,8 @@ def load(
     if all(path.exists() for path in paths):
         model = _from_pretrained(directory, dtype, is_unpacked="archive" in config)
     elif any(archived(path).exists() for path in paths):
-        with tempfile.TemporaryDirectory(prefix="mixbits-", ignore_cleanup_errors=True) as folder:
-            model = _from_pretrained(unarchive_packed(directory, Path(folder) / "model"), dtype)
+        with unarchived(directory) as folder:
+            model = _from_pretrained(folder, dtype)
         model.config.name_or_path = model.name_or_path = str(directory)
     else:
         missing = next(path for path in paths if not path.exists())

@@ -22,7 +22,9 @@ def test_a_budget_in_bytes(tiny_world, tmp_path, capsys):
     assert "--overwrite" in capsys.readouterr().err
     assert main(command(tiny_world, out, "--bytes", "5000", "--overwrite")) == 0
     assert (out / "model.safetensors").stat().st_size <= 5000
-    assert main(command(tiny_world, tmp_path / "rounded", "--bits-per-weight", "14", "--no-train")) == 0
+    assert main(command(tiny_world, tmp_path / "rounded", "--bits-per-weight", "14", "--no-train", "--archive")) == 0
+    smaller = (tmp_path / "rounded" / "model.safetensors.gz").stat().st_size
+    assert f"; archived, {smaller:,} bytes on the disk" in capsys.readouterr().out
 
 
 def test_mistakes(tiny_world, tmp_path, capsys):

@@ -14,6 +14,17 @@ def test_rounds_and_trains(tiny_world, tmp_path, capsys):
     assert main(["quantize", model, "-o", str(tmp_path / "rounded"), "--spec", "1.58"]) == 0
     size = (tmp_path / "rounded" / "model.safetensors").stat().st_size
     assert f"{size:,} bytes" in capsys.readouterr().out
+    archive = ["quantize", model, "-o", str(tmp_path / "archived"), "--spec", "1.58", "--archive"]
+    assert main(archive) == 0
+    smaller = (tmp_path / "archived" / "model.safetensors.gz").stat().st_size
+    said = capsys.readouterr().out
+    assert f"{size:,} bytes, " in said
+    assert f"; archived, {smaller:,} bytes on the disk ({1 - smaller / size:.1%} saved)" in said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixbits.packing.archive.MIN_GAIN", 0.99)
+        assert main([*archive, "--overwrite"]) == 0
+    assert "; not archived, that would not save 3 %" in capsys.readouterr().out
+    assert (tmp_path / "archived" / "model.safetensors").stat().st_size == size
     units = json.loads((tmp_path / "rounded" / "config.json").read_text())["quantization_config"]["units"]
     specs = {unit: "16" if "fc1" in unit else "2" for unit in units}
     allocation = tmp_path / "allocation.json"

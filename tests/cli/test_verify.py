@@ -89,7 +89,7 @@ def test_archive_and_back(copy, capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert (found["archived"], found["file_bytes"], found["disk_bytes"]) == (True, size, smaller)
     assert main(["inspect", str(copy)]) == 0
-    assert f"{smaller:,} bytes (archived; {size:,} unpacked)" in capsys.readouterr().out
+    assert f"{size:,} bytes (archived: {smaller:,} on the disk)" in capsys.readouterr().out
     assert main(["unarchive", str(copy), "--output", str(tmp_path / "out")]) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert main(["unarchive", str(copy)]) == 0

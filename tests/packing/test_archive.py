@@ -17,7 +17,10 @@ from mixbits.packing import archive
 from mixbits.packing.archive import (
     archive_file,
     archive_packed,
+    disk_bytes,
+    is_archived,
     unarchive_packed,
+    unarchived,
     unpacked,
     unpacked_blocks,
 )
@@ -58,8 +61,10 @@ def test_saved_archived_is_the_same_as_archived_afterwards(job, archived, tmp_pa
     folder, _ = archived
     saved = job.save(tmp_path / "direct", archive=True)
     assert files(tmp_path / "direct") == files(folder)
-    assert saved.file_bytes == os.path.getsize(folder / ARCHIVE)
-    assert saved.compression_ratio == job.inventory.full_bytes / saved.file_bytes
+    assert saved.disk_bytes == os.path.getsize(folder / ARCHIVE) == disk_bytes(folder)
+    plain = job.save(tmp_path / "plain")
+    assert plain.disk_bytes == plain.file_bytes == saved.file_bytes == disk_bytes(tmp_path / "plain")
+    assert plain.compression_ratio == saved.compression_ratio == job.inventory.full_bytes / saved.file_bytes
 
 
 def test_archives_are_verified_inspected_and_loaded_as_they_are(archived, tmp_path):
@@ -68,7 +73,8 @@ def test_archives_are_verified_inspected_and_loaded_as_they_are(archived, tmp_pa
     info = inspect_packed(folder)
     assert weights.file_bytes == info.file_bytes == len(before[FILE])
     assert [(f.name, f.num_bytes) for f in info.files] == [(ARCHIVE, os.path.getsize(folder / ARCHIVE))]
-    assert info.compression_ratio == 4 * info.num_parameters / os.path.getsize(folder / ARCHIVE)
+    assert info.disk_bytes == os.path.getsize(folder / ARCHIVE)
+    assert info.compression_ratio == 4 * info.num_parameters / info.file_bytes
     loaded = mixbits.load(folder)
     assert loaded.name_or_path == str(folder)
     unarchive_packed(folder, tmp_path / "plain")
@@ -94,6 +100,22 @@ def test_what_another_program_unpacked_is_read(archived):
     assert isinstance(mixbits.load(folder), torch.nn.Module)
     unarchive_packed(folder)  # only the field is left to remove
     assert files(folder) == before
+
+
+def test_a_folder_is_opened_unpacked(archived, tmp_path):
+    folder, before = archived
+    with unarchived(folder) as opened:
+        assert opened != folder
+        assert files(opened) == before
+    assert not opened.exists()
+    unarchive_packed(folder)
+    with unarchived(folder) as opened:
+        assert opened == folder
+    (tmp_path / "empty").mkdir()
+    for nothing in (tmp_path / "empty", tmp_path / "none"):
+        assert not is_archived(nothing)
+        with unarchived(nothing) as opened:  # whoever reads it says what is wrong
+            assert opened == nothing
 
 
 def test_too_little_gain_and_too_much(tmp_path):

@@ -14,11 +14,11 @@ def main(
     ],
 ) -> None:
     """Compress the weight files of a packed model (gzip) where that saves at least 3 %; mixbits.load reads them so."""
-    from mixbits.packing.archive import ARCHIVE_SUFFIX, archive_packed
+    from mixbits.packing.archive import ARCHIVE_SUFFIX, archive_packed, disk_bytes
     from mixbits.packing.verify import verify_packed
 
     verify_packed(directory)
-    before = sum(path.stat().st_size for path in directory.glob("*.safetensors*") if path.suffix != ".json")
+    before = disk_bytes(directory)
     after = archive_packed(directory)
     if not any(directory.glob("*.safetensors" + ARCHIVE_SUFFIX)):
         typer.echo(f"{directory}: left as it is, an archive would not save 3 %")

@@ -94,6 +94,8 @@ def _check_outputs(outputs: dict[str, Path | None]) -> None:
 def _print(certificate: dict[str, Any]) -> None:
     models, part = certificate["models"], certificate["perplexity"]
     kind = "" if models["packed"]["packed"] else " (not packed)"
+    if models["packed"].get("disk_bytes", models["packed"]["file_bytes"]) != models["packed"]["file_bytes"]:
+        kind = f" (archived: {models['packed']['disk_bytes']:,} on the disk)"
     typer.echo(certificate["sentence"])
     for reason in certificate["reasons"]:
         typer.echo(f"  {reason}")

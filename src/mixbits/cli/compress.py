@@ -30,10 +30,14 @@ def main(
         typer.Option("--no-guard", help="Do not train uniform bits of equal bytes to compare with (half the time)."),
     ] = False,
     no_train: Annotated[bool, typer.Option("--no-train", help="Round to the nearest codes only.")] = False,
+    archive: Annotated[
+        bool, typer.Option("--archive", help="Keep the weight file compressed (gzip) where that saves 3 %.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model directory.")] = False,
 ) -> None:
     """Compress MODEL to a budget: give one of --ratio, --bytes and --bits-per-weight."""
+    from mixbits.cli.written import written
     from mixbits.pipeline.compress import compress
     from mixbits.pipeline.settings import MeasureSettings, QuantizeSettings, validate
 
@@ -53,13 +57,10 @@ def main(
     }
     done = compress(
         model, text=text, output=output, ratio=ratio, max_bytes=max_bytes, bits_per_weight=bits_per_weight,
-        valid=valid, train=not no_train, guard=not no_guard, overwrite=overwrite,
+        valid=valid, train=not no_train, guard=not no_guard, archive=archive, overwrite=overwrite,
         quantize=validate(QuantizeSettings, {"method": method, "train": train}, where="mixbits compress"),
         measure=validate(MeasureSettings, measure, where="mixbits compress"),
     )  # fmt: skip
-    typer.echo(
-        f"wrote {done.directory}: {done.file_bytes:,} bytes, {done.compression_ratio:.2f}x smaller, "
-        f"{done.bits_per_weight:.3f} bits a weight"
-    )
+    typer.echo(written(done.directory, done, archive=archive))
     if done.guard is not None:
         typer.echo(done.guard)

@@ -77,10 +77,10 @@ def _print_table(info: PackedInfo) -> None:
         spec = "float16" if name != "file header" else ""
         table.add_row(name, spec, "", "", f"{count:,}", f"{count / info.file_bytes:.1%}")
     console.print(table)
-    archived = f" (archived; {info.file_bytes:,} unpacked)" if info.disk_bytes != info.file_bytes else ""
+    archived = f" (archived: {info.disk_bytes:,} on the disk)" if info.disk_bytes != info.file_bytes else ""
     files = f" in {len(info.files)} files" if len(info.files) > 1 else ""
     console.print(
-        f"{info.disk_bytes:,} bytes{files}{archived}, {info.num_parameters:,} parameters (ties once): "
+        f"{info.file_bytes:,} bytes{files}{archived}, {info.num_parameters:,} parameters (ties once): "
         f"{info.compression_ratio:.2f} times smaller than float32, {info.bits_per_weight:.3f} bits per weight"
         + ("" if info.has_checksums else "; format version 1, which has no checksums"),
         highlight=False,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,15 +94,23 @@ def save_model(model: Any, tokenizer: Any, path: str | Path) -> None:
 
 
 def model_hash(path: str | Path) -> str:
-    """SHA-256 over the weight files of a model directory, in name order."""
-    digest = hashlib.sha256()
-    files = sorted(Path(path).glob("*.safetensors")) or sorted(Path(path).glob("*.bin"))
-    if not files:
+    """SHA-256 over the weight files of a model directory, in name order; archived ones (``.gz``) count as what they unpack to.
+
+    Raises DataError without weight files, FormatError for a damaged archive.
+    """
+    folder, digest = Path(path), hashlib.sha256()
+    found = {file.name.removesuffix(".gz"): file for file in folder.glob("*.safetensors.gz")}
+    found |= {file.name: file for file in folder.glob("*.safetensors")}
+    found = found or {file.name: file for file in folder.glob("*.bin")}
+    if not found:
         raise DataError(f"{path}: no weight files (*.safetensors) to hash")
-    for file in files:
+    for _, file in sorted(found.items()):
         part = hashlib.sha256()
-        with open(file, "rb") as handle:
-            while block := handle.read(1 << 20):
-                part.update(block)
+        try:
+            with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as handle:
+                while block := handle.read(1 << 20):
+                    part.update(block)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise FormatError(f"{file}: damaged archive: {error}; copy it again") from None
         digest.update(part.digest())
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 What: ``model.safetensors`` becomes ``model.safetensors.gz``, which ``gunzip`` unpacks to the very same bytes, where that saves
 at least 3 % of the file; ``quantization_config.archive`` says so, so that ``from_pretrained``, which cannot read it, says what to do.
-:func:`mixbits.load`, ``mixbits inspect`` and ``mixbits verify`` read archives as they are.
+Everything else reads archives as they are: the engine and ``inspect`` in memory, PyTorch models from a temporary folder (:func:`unarchived`).
 
 Why gzip: Huffman codes of whole bytes are what the codes of trained weights need, 3 to 12 % on the models measured (docs/formats/packed.md);
 lzma finds 0.5 % more and unpacks eleven times slower (57 ns a byte to 5). It is in the standard library, and everybody has the tool.
@@ -16,8 +16,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def archive_packed(directory: str | Path) -> int:
-    """Archive the weight files of a model folder, in place. Returns the bytes of all weight files afterwards, archived or not.
+    """Archive the weight files of a model folder, in place. Returns the bytes of all weight files afterwards (:func:`disk_bytes`).
 
     A file whose archive saves less than 3 % stays as it is. Raises DataError or FormatError (no weights, no packed model).
     """
@@ -57,7 +59,38 @@ def archive_packed(directory: str | Path) -> int:
     for path in (path for path, archive in zip(plain, made, strict=True) if archive is not None):
         path.unlink()
     sync_folder(directory)
-    return sum(path.stat().st_size for path in (*found, *directory.glob("*.safetensors")))
+    return disk_bytes(directory)
+
+
+def disk_bytes(directory: str | Path) -> int:
+    """Bytes of the weight files of a model folder as the file system counts them, archived or not."""
+    patterns = ("*.safetensors", "*.safetensors" + ARCHIVE_SUFFIX)
+    return sum(path.stat().st_size for pattern in patterns for path in Path(directory).glob(pattern))
+
+
+def is_archived(directory: str | Path) -> bool:
+    """Whether weight files of a model folder are archived, or config.json says so though another program unpacked them."""
+    archives = Path(directory).glob("*.safetensors" + ARCHIVE_SUFFIX)
+    if any(not path.with_suffix("").exists() for path in archives):
+        return True
+    try:
+        return "archive" in read_config(directory)["quantization_config"]
+    except (DataError, FormatError):  # no packed model
+        return False
+
+
+@contextmanager
+def unarchived(directory: str | Path) -> Iterator[Path]:
+    """Within it, the folder of a model as it is, or, of an archived one, a temporary one with its files unpacked.
+
+    Tensors mapped from the temporary files stay when these are removed. Raises FormatError or DataError as :func:`unarchive_packed`.
+    """
+    directory = Path(directory)
+    if not is_archived(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="mixbits-", ignore_cleanup_errors=True) as folder:
+        yield unarchive_packed(directory, Path(folder) / "model")
 
 
 def unarchive_packed(directory: str | Path, output: str | Path | None = None) -> Path:

@@ -49,10 +49,14 @@ from mixbits.spec import (
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Where a packed model was written and how large its weight files are on the disk, archived if they are."""
+    """Where a packed model was written and how large its weight files are; ``disk_bytes`` is less where they are archived.
+
+    The ratio and the bits per weight are those of ``file_bytes``, archived or not.
+    """
 
     directory: Path
     file_bytes: int
+    disk_bytes: int
     compression_ratio: float
     bits_per_weight: float
 
@@ -94,14 +98,14 @@ def save_packed(
             tokenizer.save_pretrained(temporary)
         counts = Counter(_label(allocation.specs[u.name]) for u in inventory.units)
         write_text(temporary / "README.md", model_card(model, quantization_config, counts, dict(card or {})))
-        file_bytes = archive_packed(temporary) if archive else expected
+        on_disk = archive_packed(temporary) if archive else expected
         _sync(temporary)
         _take_name(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return SavedModel(
-        target, file_bytes, compression_ratio(inventory, file_bytes), bits_per_weight(inventory, file_bytes)
+        target, expected, on_disk, compression_ratio(inventory, expected), bits_per_weight(inventory, expected)
     )
 
 

@@ -68,7 +68,7 @@ class PackedInfo:
     """Everything ``mixbits inspect`` shows.
 
     ``file_bytes``: of all weight files, unpacked; ``header_bytes`` of them are headers, with 8-byte lengths and padding.
-    ``disk_bytes``: on the disk, less if they are archived; the ratio and the bits per weight are counted from these.
+    ``disk_bytes``: on the disk, less if they are archived; the ratio and the bits per weight do not count that gain.
     ``has_checksums``: each tensor's was compared (format version 2); without, only structure and values were checked.
     """
 
@@ -159,6 +159,6 @@ def inspect_packed(directory: str | Path) -> PackedInfo:
         file_bytes=file_bytes,
         disk_bytes=disk_bytes,
         num_parameters=num_parameters,
-        compression_ratio=4 * num_parameters / disk_bytes,
-        bits_per_weight=8 * disk_bytes / num_parameters,
+        compression_ratio=4 * num_parameters / file_bytes,
+        bits_per_weight=8 * file_bytes / num_parameters,
     )

@@ -17,9 +17,9 @@ _CARD_ROW = r"^\| {} \| ([0-9a-f]{{64}}) \|$"
 def model_facts(full: Path, packed: Path, full_model: Any, text_sha256: str, warnings: list[str]) -> dict[str, Any]:
     """Facts for the certificate; what is doubtful is added to ``warnings``.
 
-    Bytes are those of the weight files as the file system counts them; ``compression_ratio`` is 4 bytes × the distinct parameters
-    of ``full`` over the bytes of ``packed``, ``stored_ratio`` compares the stored files. Raises FormatError for a packed model
-    whose files are damaged.
+    ``file_bytes`` are those of the weight files as the file system counts them, of archived ones unpacked (``disk_bytes``: as they
+    are); ``compression_ratio`` is 4 bytes × the distinct parameters of ``full`` over those of ``packed``, ``stored_ratio``
+    compares the two. Raises FormatError for a packed model whose files are damaged.
     """
     inventory = find_units(full_model)
     full_facts: dict[str, Any] = {
@@ -28,17 +28,17 @@ def model_facts(full: Path, packed: Path, full_model: Any, text_sha256: str, war
         "num_parameters": inventory.num_parameters,
         "float32_bytes": inventory.full_bytes,
     }
-    size = weight_bytes(packed)
     source = card_hash(packed, "source model sha256")
     facts: dict[str, Any] = {
         "packed": is_quantized(packed),
         "sha256": model_hash(packed),
-        "file_bytes": size,
+        "file_bytes": weight_bytes(packed),
         "source_sha256": source,
         "from_full": None if source is None else source == full_facts["sha256"],
     }
     if facts["packed"]:
         info = inspect_packed(packed)
+        facts |= {"file_bytes": info.file_bytes, "disk_bytes": info.disk_bytes}
         facts |= {"num_parameters": info.num_parameters, "bits_per_weight": info.bits_per_weight}
         if info.num_parameters != inventory.num_parameters:
             warnings.append(
@@ -56,8 +56,8 @@ def model_facts(full: Path, packed: Path, full_model: Any, text_sha256: str, war
     return {
         "full": full_facts,
         "packed": facts,
-        "compression_ratio": inventory.full_bytes / size,
-        "stored_ratio": full_facts["file_bytes"] / size,
+        "compression_ratio": inventory.full_bytes / facts["file_bytes"],
+        "stored_ratio": full_facts["file_bytes"] / facts["file_bytes"],
     }
 
 
@@ -72,7 +72,7 @@ def _source_warnings(source: str | None, full_hash: str) -> list[str]:
 
 
 def weight_bytes(directory: Path) -> int:
-    """Bytes of the weight files that :func:`mixbits.lm.checkpoint.model_hash` hashes."""
+    """Bytes of the weight files of a model that is not packed."""
     files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
     return sum(file.stat().st_size for file in files)
 

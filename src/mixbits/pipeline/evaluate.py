@@ -10,14 +10,16 @@ from mixbits.errors import DataError
 from mixbits.lm.checkpoint import load_model, model_hash
 from mixbits.lm.corpus import encode_file
 from mixbits.lm.perplexity import default_context, paired_difference, perplexity
+from mixbits.packing.archive import unarchived
 from mixbits.packing.modules import set_weight_cache
 from mixbits.pipeline.checks import check_text
 from mixbits.runs import versions
 
 
 def load_scorer(path: str | Path) -> tuple[Any, Any]:
-    """(model, tokenizer) for repeated scoring: a packed model keeps its unpacked weights, 4 bytes a weight."""
-    model, tokenizer = load_model(path)
+    """(model, tokenizer) for repeated scoring: a packed model, archived or not, keeps its unpacked weights, 4 bytes a weight."""
+    with unarchived(path) as directory:
+        model, tokenizer = load_model(directory)
     set_weight_cache(model)
     return model, tokenizer
 

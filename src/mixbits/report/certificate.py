@@ -114,10 +114,12 @@ def _list_section(name: str, part: Mapping[str, Any], level: str) -> dict[str, A
 
 def _size_rows(models: Mapping[str, Any]) -> list[tuple[str, str]]:
     full, packed = models["full"], models["packed"]
+    on_disk = packed.get("disk_bytes", packed["file_bytes"])
+    archived = f" (archived: {on_disk:,})" if on_disk != packed["file_bytes"] else ""
     return [
         ("full precision, 4 bytes a parameter", f"{full['float32_bytes']:,} bytes ({full['num_parameters']:,} parameters)"),
         ("its weight files on disk", f"{full['file_bytes']:,} bytes"),
-        ("packed weight files on disk" if packed["packed"] else "second model on disk (not packed)", f"{packed['file_bytes']:,} bytes"),
+        ("packed weight files on disk" if packed["packed"] else "second model on disk (not packed)", f"{packed['file_bytes']:,} bytes{archived}"),
         ("smaller than float32", f"{number(models['compression_ratio'])} times"),
         ("smaller than the stored file", f"{number(models['stored_ratio'])} times"),
     ]  # fmt: skip
