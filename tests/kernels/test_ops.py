@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixbits.errors import SpecError
 from mixbits.kernels import cpu, ops
@@ -17,7 +18,7 @@ def rows(m, cols, seed=0):
 
 def numbers(matrix):
     k = matrix.layout
-    return matrix.packed, matrix.scales, matrix.rows, matrix.cols, k.group, k.bits, k.mul, k.off
+    return matrix.packed, matrix.scales, None, matrix.rows, matrix.cols, k.group, k.bits, k.mul, k.off
 
 
 OFFSETS, TARGETS = torch.tensor([0, 2, 2, 3]), torch.tensor([0, 32, 7])
@@ -124,14 +125,15 @@ def test_arguments_that_do_not_fit(twin):
         ({0: torch.zeros(3)}, "packed is torch.float32"),
         ({1: torch.zeros(3)}, r"scales are torch.float32 \(3,\)"),
         ({1: torch.zeros(192, dtype=torch.float64)}, "scales are torch.float64"),
-        ({2: 0}, "packed is"),
-        ({2: 2**40}, "packed is"),
-        ({3: 19}, "floating-point numbers, 19"),
-        ({4: -1}, "packed is"),
-        ({5: 5}, "packed is"),
-        ({5: 8}, "packed is"),
-        ({6: 3}, "no such bit width"),
-        ({7: 300}, "no such bit width"),
+        ({2: torch.zeros(3)}, "group_scales are given"),
+        ({3: 0}, "packed is"),
+        ({3: 2**40}, "packed is"),
+        ({4: 19}, "floating-point numbers, 19"),
+        ({5: -1}, "packed is"),
+        ({6: 5}, "packed is"),
+        ({6: 8}, "packed is"),
+        ({7: 3}, "no such bit width"),
+        ({8: 300}, "no such bit width"),
     ],
 )
 def test_numbers_that_do_not_belong_to_the_tensors(twin, change, message):
@@ -197,3 +199,49 @@ def test_traced_as_one_graph(twin):
     compiled = torch.compile(lambda x: ops.linear(x, matrix) * 2, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(rows(3, 20)), ops.linear(rows(3, 20), matrix) * 2)
+
+
+def test_gpu_tensors_are_traced_and_have_kernels(twin):
+    """Shapes, dtypes and devices as on a GPU that need not be there; what computes them: triton_operator_cases.py."""
+    for name in ("linear", "embedding", "log_softmax_at"):
+        for key in ("CUDA", "AutogradCUDA"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mixbits::{name}", key)
+    with FakeTensorMode(), torch.device("cuda"):
+        words, scales = torch.empty(3, 1, 4, 16, 8, dtype=torch.int32), torch.empty(48)
+        arguments = (words, scales, torch.empty(3, 48, dtype=torch.float16), 33, 20, 7, 4, 1, 7)
+        x = torch.empty(2, 3, 20, dtype=torch.bfloat16)
+        y = torch.ops.mixbits.linear(x, *arguments, None, 1)
+        rows = torch.ops.mixbits.embedding(torch.empty(5, dtype=torch.int64), *arguments)
+        offsets, targets = torch.empty(7, dtype=torch.int64), torch.empty(4, dtype=torch.int64)
+        found = torch.ops.mixbits.log_softmax_at(x, *arguments, None, offsets, targets, 1)
+    facts = [(tuple(t.shape), t.dtype, t.device.type) for t in (y, rows, *found)]
+    f32 = torch.float32
+    assert facts == [
+        ((2, 3, 33), torch.bfloat16, "cuda"),
+        ((5, 20), f32, "cuda"),
+        ((4,), f32, "cuda"),
+        ((2, 3), f32, "cuda"),
+    ]
+
+
+class Elsewhere(torch.Tensor):
+    """Says that it lies on a GPU."""
+
+    is_cpu = property(lambda self: False)
+    device = property(lambda self: torch.device("cuda", 0))
+
+
+def test_tensors_on_a_gpu_never_reach_the_library(twin):
+    m = twin("2-g7", 33, 20).matrix
+    x, bias = rows(3, 20), torch.zeros(33)
+    calls = {
+        "x": lambda: ops._rows_of(x.as_subclass(Elsewhere), 20),
+        "bias": lambda: ops._multiply(x, m.struct, bias.as_subclass(Elsewhere), 0),
+        "packed": lambda: ops._matrix(m.packed.as_subclass(Elsewhere), *numbers(m)[1:]),
+        "scales": lambda: ops._matrix(m.packed, m.scales.as_subclass(Elsewhere), *numbers(m)[2:]),
+        "ids": lambda: ops._embedding(torch.tensor([1]).as_subclass(Elsewhere), *numbers(m)),
+        "targets": lambda: ops._log_softmax_at(x, *numbers(m), None, OFFSETS, TARGETS.as_subclass(Elsewhere), 0),
+    }
+    for name, call in calls.items():
+        with pytest.raises(SpecError, match=f"{name} is on cuda:0.*move the model"):
+            call()

@@ -1,16 +1,19 @@
 """Drop-in layers on the compiled kernels against the packed layers in PyTorch, for each family and kind of layer."""
 
-import copy
 import subprocess
 import sys
+import types
+import weakref
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from mixbits.errors import SpecError
+from mixbits.errors import KernelUnavailable, SpecError
 from mixbits.hf import load
 from mixbits.kernels import cpu
+from mixbits.kernels.triton.layout import GpuWeight, repack_unit
+from mixbits.packing import kernel_layers
 from mixbits.packing.checkpoint import save_packed
 from mixbits.packing.kernel_layers import KernelEmbedding, KernelLayer, KernelLinear, KernelOPTPositions, use_kernels
 from mixbits.packing.modules import PackedUnit
@@ -101,22 +104,63 @@ def test_parameters_are_frozen_so_that_no_grad_is_not_needed(packed):
     assert not load(packed, kernels="int8")(IDS).logits.requires_grad
 
 
-def test_a_model_with_kernels_cannot_be_saved_or_moved(packed, tmp_path):
+def test_a_model_with_kernels_cannot_be_saved(packed, tmp_path):
     model = load(packed, kernels="int8")
     with pytest.raises(SpecError, match="cannot be saved"):
         model.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again" / "model.safetensors").exists()
-    with pytest.raises(SpecError, match="run on the CPU only"):
-        copy.deepcopy(model)._apply(lambda t: t.to("meta")).to_empty(device="meta")._apply(_to_fake_gpu)
 
 
-def _to_fake_gpu(tensor: torch.Tensor) -> torch.Tensor:
-    class Elsewhere(torch.Tensor):
-        @property
-        def device(self) -> torch.device:
-            return torch.device("cuda")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_moving_says_so_and_changes_nothing(packed):
+    model = load(packed, kernels="int8")
+    expected = model(IDS).logits
+    with pytest.raises(KernelUnavailable, match=r"PyTorch sees no CUDA device here \(.*\); leave the model on the CPU"):
+        model.to("cuda")
+    assert torch.equal(model.to("cpu")(IDS).logits, expected)
 
-    return tensor.as_subclass(Elsewhere)
+
+class Elsewhere(torch.Tensor):
+    """Says that it lies on another device."""
+
+    where = "cuda:0"
+    device = property(lambda self: torch.device(self.where))
+
+
+class OnXpu(Elsewhere):
+    where = "xpu:0"
+
+
+def test_layouts_follow_the_device(packed, monkeypatch):
+    """With a GPU that is made up: tied layers share its layout, which is given up on return. With a real one: triton_operator_cases.py."""
+    made = []
+    monkeypatch.setattr(kernel_layers, "repack_unit", lambda unit, device: made.append(device) or repack_unit(unit))
+    monkeypatch.setitem(sys.modules, "mixbits.kernels.triton.run", types.ModuleType("run"))
+    model = load(packed, kernels="int8")
+    table, head = model.model.decoder.embed_tokens, model.lm_head
+    on_cpu = weakref.ref(table.matrix)
+    for layer in (table, head):
+        layer._apply(lambda tensor: tensor.as_subclass(Elsewhere))
+    assert isinstance(table.matrix, GpuWeight)
+    assert table.matrix is head.matrix
+    assert made == [torch.device("cuda:0")]
+    assert on_cpu() is None
+    on_gpu = weakref.ref(head.matrix)
+    with pytest.raises(SpecError, match="no kernels for xpu:0"):
+        head._apply(lambda tensor: tensor.as_subclass(OnXpu))
+    for layer in (table, head):
+        layer._apply(lambda tensor: tensor.as_subclass(torch.Tensor))
+    assert on_gpu() is None
+    assert table.matrix is head.matrix
+    assert torch.equal(model(IDS).logits, load(packed, kernels="int8")(IDS).logits)
+
+
+def test_a_gpu_needs_triton(packed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "mixbits.kernels.triton.run", raising=False)
+    monkeypatch.delattr("mixbits.kernels.triton.run", raising=False)
+    with pytest.raises(KernelUnavailable, match=r"need Triton.*pip install 'mixbits\[gpu\]'"):
+        load(packed, kernels="int8").lm_head._apply(lambda tensor: tensor.as_subclass(Elsewhere))
 
 
 def test_unknown_activations_are_refused(packed):

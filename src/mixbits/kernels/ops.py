@@ -1,7 +1,9 @@
-"""PyTorch operators over packed matrices: linear, embedding, log-softmax at targets.
+"""PyTorch operators over packed matrices: linear, embedding, log-softmax at targets, on CPUs and GPUs.
 
-``torch.ops.mixbits.linear`` and its siblings take the tensors of a :class:`~mixbits.kernels.cpu.PackedMatrix` and its numbers, have fake
-kernels (``torch.compile(fullgraph=True)`` traces through them) and refuse autograd clearly. The wrappers below take the matrix itself.
+``torch.ops.mixbits.linear`` and its siblings take the tensors and numbers of a matrix in a run-time layout, have fake kernels
+(``torch.compile(fullgraph=True)`` traces through them) and refuse autograd clearly. The wrappers below take the matrix itself. There are
+two layouts, and each has its kernels: of a :class:`~mixbits.kernels.cpu.PackedMatrix` the bytes, for the compiled library; of a
+:class:`~mixbits.kernels.triton.layout.GpuWeight` the 32-bit words, for Triton (on a CPU only in its interpreter).
 
 Registered with ``torch.library`` around ctypes, which costs about 5 microseconds a call; nothing is loaded until the first call.
 """
@@ -16,8 +18,12 @@ import torch
 from mixbits.errors import SpecError
 from mixbits.kernels import cpu
 from mixbits.kernels.cpu import Activations, MatrixStruct, PackedMatrix
+from mixbits.kernels.triton.layout import GpuWeight
 
-_MATRIX = "Tensor packed, Tensor scales, int rows, int cols, int group, int bits, int mul, int off"
+Matrix = PackedMatrix | GpuWeight
+_MATRIX = (
+    "Tensor packed, Tensor scales, Tensor? group_scales, int rows, int cols, int group, int bits, int mul, int off"
+)
 _LIB = torch.library.Library("mixbits", "DEF")
 _LIB.define(f"linear(Tensor x, {_MATRIX}, Tensor? bias, int activations) -> Tensor")
 _LIB.define(f"embedding(Tensor ids, {_MATRIX}) -> Tensor")
@@ -26,9 +32,23 @@ _LIB.define(
 )
 
 
+def _triton() -> Any:
+    """The Triton kernels' operators. Raises KernelUnavailable without Triton."""
+    from mixbits.kernels.triton import operators
+
+    return operators
+
+
+def _matrix(packed: torch.Tensor, *others: Any) -> MatrixStruct | GpuWeight:
+    """The matrix of an operator's arguments, in the layout that its tensors have."""
+    return _triton().weight_of(packed, *others) if packed.dtype == torch.int32 else _struct(packed, *others)
+
+
 def _struct(
-    packed: torch.Tensor, scales: torch.Tensor, rows: int, cols: int, group: int, bits: int, mul: int, off: int
-) -> MatrixStruct:
+    packed: torch.Tensor, scales: torch.Tensor, group_scales: torch.Tensor | None, rows: int, cols: int, group: int, bits: int,
+    mul: int, off: int,
+) -> MatrixStruct:  # fmt: skip
+    _check_on_cpu(packed=packed, scales=scales)
     library = cpu.library()
     size, wanted = library.mb_packed_bytes(rows, cols, group, bits), library.mb_num_scales(rows, cols, group)
     if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != size:
@@ -37,10 +57,21 @@ def _struct(
         )
     if bits != 16 and (scales.dtype != torch.float32 or not scales.is_contiguous() or scales.numel() != wanted):
         raise SpecError(f"scales are {scales.dtype} {tuple(scales.shape)}; expected ({wanted},) of float32")
+    if group_scales is not None:
+        raise SpecError("group_scales are given; in the layout of the CPU they are part of scales")
     return MatrixStruct(packed.data_ptr(), scales.data_ptr() if bits != 16 else None, rows, cols, group, bits, mul, off, 0)  # fmt: skip
 
 
+def _check_on_cpu(**tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_cpu:
+            raise SpecError(
+                f"{name} is on {tensor.device}; a matrix in the layout of the CPU is multiplied there: move the model"
+            )
+
+
 def _rows_of(x: torch.Tensor, cols: int) -> torch.Tensor:
+    _check_on_cpu(x=x)
     if x.shape[-1:] != (cols,) or not x.is_floating_point():
         raise SpecError(
             f"x is {x.dtype} {tuple(x.shape)}; expected floating-point numbers, {cols} in the last dimension"
@@ -51,6 +82,7 @@ def _rows_of(x: torch.Tensor, cols: int) -> torch.Tensor:
 def _bias(bias: torch.Tensor | None, rows: int) -> tuple[torch.Tensor | None, int | None]:
     if bias is None:
         return None, None
+    _check_on_cpu(bias=bias)
     if tuple(bias.shape) != (rows,):
         raise SpecError(f"bias has shape {tuple(bias.shape)}; expected ({rows},)")
     ready = bias.detach().to(torch.float32).contiguous()
@@ -68,28 +100,34 @@ def _multiply(x: torch.Tensor, matrix: MatrixStruct, bias: torch.Tensor | None, 
     return out.to(x.dtype).view(*x.shape[:-1], matrix.rows)
 
 
-def _linear(
-    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, rows: int, cols: int, group: int, bits: int, mul: int,
-    off: int, bias: torch.Tensor | None, activations: int,
-) -> torch.Tensor:  # fmt: skip
-    return _multiply(x, _struct(packed, scales, rows, cols, group, bits, mul, off), bias, activations)
+def _linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    *others, bias, activations = arguments
+    matrix = _matrix(*others)
+    if isinstance(matrix, GpuWeight):
+        return _triton().linear(x, matrix, bias, activations)
+    return _multiply(x, matrix, bias, activations)
 
 
-def _embedding(ids: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, rows: int, cols: int, group: int, bits: int, mul: int, off: int) -> torch.Tensor:  # fmt: skip
+def _embedding(ids: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    matrix = _matrix(*arguments)
+    if isinstance(matrix, GpuWeight):
+        return _triton().embedding(ids, matrix)
+    _check_on_cpu(ids=ids)
     if ids.is_floating_point():
         raise SpecError(f"ids are {ids.dtype}; expected whole numbers")
     flat = ids.reshape(-1).to(torch.int64).contiguous()
-    matrix = _struct(packed, scales, rows, cols, group, bits, mul, off)
-    out = torch.empty(len(flat), cols)
+    out = torch.empty(len(flat), matrix.cols)
     cpu.check(cpu.library().mb_embedding(ctypes.byref(matrix), flat.data_ptr(), len(flat), out.data_ptr()), "mixbits::embedding")  # fmt: skip
-    return out.view(*ids.shape, cols)
+    return out.view(*ids.shape, matrix.cols)
 
 
-def _log_softmax_at(
-    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, rows: int, cols: int, group: int, bits: int, mul: int,
-    off: int, bias: torch.Tensor | None, offsets: torch.Tensor, targets: torch.Tensor, activations: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    flat, (kept, address) = _rows_of(x, cols), _bias(bias, rows)
+def _log_softmax_at(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *others, bias, offsets, targets, activations = arguments
+    matrix = _matrix(*others)
+    if isinstance(matrix, GpuWeight):
+        return _triton().log_softmax_at(x, matrix, bias, offsets, targets, activations)
+    flat, (kept, address) = _rows_of(x, matrix.cols), _bias(bias, matrix.rows)
+    _check_on_cpu(offsets=offsets, targets=targets)
     for name, numbers in (("offsets", offsets), ("targets", targets)):
         if numbers.is_floating_point():
             raise SpecError(f"{name} are {numbers.dtype}; expected whole numbers")
@@ -99,7 +137,6 @@ def _log_softmax_at(
             f"offsets have shape {tuple(offsets.shape)} and targets {tuple(targets.shape)}; expected ({len(flat) + 1},), the last "
             "one the number of targets"
         )
-    matrix = _struct(packed, scales, rows, cols, group, bits, mul, off)
     out, partition = torch.empty(len(targets)), torch.empty(len(flat))
     error = cpu.library().mb_log_softmax_at(
         ctypes.byref(matrix), activations, flat.data_ptr(), len(flat), address, offsets.data_ptr(), targets.data_ptr(),
@@ -125,17 +162,20 @@ def _refuse_autograd(name: str) -> Any:
 
 
 for _name, _kernel in (("linear", _linear), ("embedding", _embedding), ("log_softmax_at", _log_softmax_at)):
-    _LIB.impl(_name, _kernel, "CPU")
-    _LIB.impl(_name, _refuse_autograd(_name), "AutogradCPU")
+    for _device in ("CPU", "CUDA"):
+        _LIB.impl(_name, _kernel, _device)
+        _LIB.impl(_name, _refuse_autograd(_name), f"Autograd{_device}")
 
 
 @torch.library.register_fake("mixbits::linear", lib=_LIB)
-def _fake_linear(x: Any, packed: Any, scales: Any, rows: int, *others: Any) -> torch.Tensor:
+def _fake_linear(x: Any, packed: Any, scales: Any, group_scales: Any, rows: int, *others: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
 @torch.library.register_fake("mixbits::embedding", lib=_LIB)
-def _fake_embedding(ids: Any, packed: Any, scales: Any, rows: int, cols: int, *others: Any) -> torch.Tensor:
+def _fake_embedding(
+    ids: Any, packed: Any, scales: Any, group_scales: Any, rows: int, cols: int, *others: Any
+) -> torch.Tensor:
     return ids.new_empty(*ids.shape, cols, dtype=torch.float32)
 
 
@@ -145,34 +185,40 @@ def _fake_log_softmax_at(x: Any, *others: Any) -> tuple[torch.Tensor, torch.Tens
     return x.new_empty(targets.shape, dtype=torch.float32), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def _numbers(matrix: PackedMatrix) -> tuple[Any, ...]:
+def _numbers(matrix: Matrix) -> tuple[Any, ...]:
+    if isinstance(matrix, GpuWeight):
+        words, rows, groups = matrix.words, matrix.row_scales, matrix.group_scales
+        return words, rows, groups, matrix.rows, matrix.cols, matrix.group_size, matrix.bits, matrix.multiply, -matrix.offset  # fmt: skip
     k = matrix.layout
-    return matrix.packed, matrix.scales, matrix.rows, matrix.cols, k.group, k.bits, k.mul, k.off
+    return matrix.packed, matrix.scales, None, matrix.rows, matrix.cols, k.group, k.bits, k.mul, k.off
 
 
 def linear(
-    x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None, *, activations: Activations = "int8"
+    x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None, *, activations: Activations = "int8"
 ) -> torch.Tensor:
-    """``x W^T + bias``: x (..., cols) floating; returns (..., rows) in x's dtype, computed in float32.
+    """``x W^T + bias``: x (..., cols) floating; returns (..., rows) in x's dtype, summed in float32.
 
-    ``int8``: x is rounded to 8 bits with one scale per row. A row of x with NaN or infinity gives a row of NaN. Raises
-    SpecError for shapes that do not fit, RuntimeError for an x that needs a gradient, KernelUnavailable.
+    ``int8``: x is rounded to 8 bits with one scale per row. ``float32``: it is not; it is multiplied in float32, on a GPU in its own dtype.
+    A row of x with NaN or infinity gives a row of NaN (on a GPU with ``float32`` what the product gives). Raises SpecError for shapes
+    and devices that do not fit, RuntimeError for an x that needs a gradient, KernelUnavailable.
     """
     number = cpu.activation_number(activations)
     grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if grad or torch.compiler.is_compiling() or type(x) is not torch.Tensor:
         return torch.ops.mixbits.linear(x, *_numbers(matrix), bias, number)
-    return _multiply(x, matrix.struct, bias, number)  # the dispatcher takes 30 microseconds for eleven arguments
+    if isinstance(matrix, GpuWeight):
+        return _triton().linear(x, matrix, bias, number)
+    return _multiply(x, matrix.struct, bias, number)  # the dispatcher takes 30 microseconds for twelve arguments
 
 
-def embedding(ids: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
-    """Rows of the matrix: ids (...) whole numbers; returns (..., cols) float32. Raises SpecError for ids out of range."""
+def embedding(ids: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """Rows of the matrix: ids (...) whole numbers; returns (..., cols) float32. An id out of range raises SpecError, on a GPU it gives NaN."""
     return torch.ops.mixbits.embedding(ids, *_numbers(matrix))
 
 
 def log_softmax_at(
     x: torch.Tensor,
-    matrix: PackedMatrix,
+    matrix: Matrix,
     offsets: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -182,7 +228,8 @@ def log_softmax_at(
     """Log-probabilities of some outputs of a softmax layer, whose logits never exist as a whole.
 
     x (..., cols), m rows in all; offsets (m + 1,): the targets of row i are ``targets[offsets[i]:offsets[i + 1]]``, ascending.
-    Returns log softmax(x W^T + bias) at them, (num_targets,), and the log-partition of each row, (...,).
+    Returns log softmax(x W^T + bias) at them, (num_targets,), and the log-partition of each row, (...,). A target out of range
+    raises SpecError, on a GPU it gives NaN.
     """
     return torch.ops.mixbits.log_softmax_at(
         x, *_numbers(matrix), bias, offsets, targets, cpu.activation_number(activations)

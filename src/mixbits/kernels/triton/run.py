@@ -30,7 +30,8 @@ from mixbits.kernels.triton import linear_kernels, table_kernels
 
 INTERPRETED = not isinstance(linear_kernels.gemv_kernel, triton.JITFunction)
 """Whether the kernels run in Triton's interpreter, decided when Triton was first imported."""
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Of activations and biases."""
 _LSE_PROGRAMS = 264
 
 
@@ -167,7 +168,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _table(ids: torch.Tensor | None, weight: GpuWeight, dtype: torch.dtype) -> torch.Tensor:
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise SpecError(f"dtype is {dtype}; expected float16, bfloat16 or float32")
     _check_device(weight, ids)
     num, tile = (weight.rows, STRIP_ROWS) if ids is None else (len(ids), 1)
@@ -196,9 +197,9 @@ def _rows(x: torch.Tensor, weight: GpuWeight, bias: torch.Tensor | None) -> torc
         raise SpecError(
             f"x has shape {tuple(x.shape)}; expected (..., {weight.cols}) for a ({weight.rows}, {weight.cols}) weight"
         )
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise SpecError(f"x has dtype {x.dtype}; expected float16, bfloat16 or float32")
-    if bias is not None and (tuple(bias.shape) != (weight.rows,) or bias.dtype not in _DTYPES or bias.stride(0) != 1):
+    if bias is not None and (tuple(bias.shape) != (weight.rows,) or bias.dtype not in DTYPES or bias.stride(0) != 1):
         raise SpecError(
             f"bias is {bias.dtype} of shape {tuple(bias.shape)}; expected a contiguous floating ({weight.rows},)"
         )
@@ -224,7 +225,8 @@ def _check_int8(weight: GpuWeight, activations: str) -> None:
         return
     if weight.group_size % 32:
         raise SpecError(
-            f"group size {weight.group_size} is no multiple of 32; int8 activations need one, or row scales"
+            f"group size {weight.group_size} is no multiple of 32; int8 activations need one, or row scales: take the others (of a "
+            "loaded model: kernels='float32')"
         )
     if weight.group_size == 0 and weight.cols > 1 << 17:
         raise SpecError(f"{weight.cols} columns may overflow int32 sums; int8 activations take at most {1 << 17}")
