@@ -7,7 +7,7 @@ not. Words are compared as they stand: case, punctuation and spelling are the ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -116,17 +116,26 @@ def sum_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCou
     return sum((count_errors(*pair) for pair in zip(references, hypotheses, strict=True)), ErrorCounts())
 
 
-def error_table(lists: Sequence[NBest]) -> ErrorTable:
+def error_table(
+    lists: Sequence[NBest], *, known: MutableMapping[tuple[str, str], ErrorCounts] | None = None
+) -> ErrorTable:
     """Errors of all hypotheses of all lists.
+
+    Args:
+        known: counts by (reference, text), looked up and added to: the same hypotheses in another order cost nothing.
 
     Raises:
         DataError: naming the first utterance without a reference.
     """
-    counts = [
-        (found.num_sub, found.num_del, found.num_ins)
-        for entry, reference in zip(lists, reference_texts(lists), strict=True)
-        for found in (count_errors(reference, hypothesis.text) for hypothesis in entry.hypotheses)
-    ]
+    counts = []
+    for entry, reference in zip(lists, reference_texts(lists), strict=True):
+        for hypothesis in entry.hypotheses:
+            found = None if known is None else known.get((reference, hypothesis.text))
+            if found is None:
+                found = count_errors(reference, hypothesis.text)
+                if known is not None:
+                    known[reference, hypothesis.text] = found
+            counts.append((found.num_sub, found.num_del, found.num_ins))
     num_words = [len(reference.split()) for reference in reference_texts(lists)]
     return ErrorTable(
         np.asarray(counts, dtype=np.int64).reshape(-1, 3), np.asarray(num_words, dtype=np.int64), list_offsets(lists)

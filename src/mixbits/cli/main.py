@@ -49,6 +49,7 @@ COMMANDS: dict[str, str] = {
     "convert": "Convert n-best lists from one format to another.",
     "lint": "Look for what is wrong in n-best lists.",
     "rescore": "Rescore n-best lists; word error rates and significance.",
+    "compare": "Compare recognizers' outputs: errors, tests, examples, one page.",
     "certify": "Is a packed model lossless? A verdict with its evidence.",
     "report": "Show result files as a table and as one HTML page.",
     "doctor": "Show what this machine and installation offer.",
