@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mixbits.cli.outputs import check_outputs
+
 
 def main(
     full: Annotated[Path, typer.Argument(metavar="FULL", help="Full-precision model directory.", show_default=False)],
@@ -45,7 +47,7 @@ def main(
 
     Exit code 0: lossless; 1: not (unresolved or lossy); 2: the comparison could not be made.
     """
-    _check_outputs({"--output": output, "--html": html})
+    check_outputs({"--output": output, "--html": html})
 
     from mixbits.jsonfile import write_json
     from mixbits.pipeline.certify import certify
@@ -72,23 +74,6 @@ def main(
         typer.echo(f"wrote {render_certificate(certificate, html)}")
     if certificate["verdict"] != "lossless":
         raise typer.Exit(1)
-
-
-def _check_outputs(outputs: dict[str, Path | None]) -> None:
-    """Find out before the work that a result cannot be written."""
-    from mixbits.errors import DataError
-
-    taken: dict[Path, str] = {}
-    for option, path in outputs.items():
-        if path is None:
-            continue
-        if path.is_dir():
-            raise DataError(f"{option} {path}: is a folder; expected a file name")
-        nearest = next(folder for folder in path.absolute().parents if folder.exists())
-        if not nearest.is_dir():
-            raise DataError(f"{option} {path}: {nearest} is a file; expected a folder to write to")
-        if (other := taken.setdefault(path.resolve(), option)) != option:
-            raise DataError(f"{option} {path}: is the same file as {other}; choose another name")
 
 
 def _print(certificate: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mixbits.cli.outputs import check_outputs
+
 if TYPE_CHECKING:
     from mixbits.pipeline.compare_inputs import System
 
@@ -59,7 +61,6 @@ def main(
     """
     from itertools import combinations
 
-    from mixbits.cli.outputs import check_outputs
     from mixbits.errors import SpecError
 
     paths = {text: Path(text.partition("=")[2] or text) for text in systems}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mixbits.cli.convert import OutputName
+from mixbits.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
     from mixbits.asr.weights import Weights
@@ -86,6 +87,9 @@ def main(
     ] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder to keep the model's scores in.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page: all systems compared, as `mixbits compare` does.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of tuning and bootstrap.")] = 0,
 ) -> None:
     """Rescore LIST with a language model; word error rates and significance where it has references.
@@ -95,7 +99,8 @@ def main(
     """
     by_hand = (lm_scale, first_pass_lm_scale, word_insertion_penalty)
     given = _given_weights(weights, dev, cross_validate, *by_hand)
-    _check_outputs(nbest, {"--output": output, "--save-weights": save_weights, "--json": json})
+    outputs = {"--output": output, "--save-weights": save_weights, "--json": json, "--report": report}
+    check_outputs(outputs, {"LIST": nbest})
 
     _check_format(nbest, output, output_format)
 
@@ -119,7 +124,7 @@ def main(
     )
     result = rescore_list(
         nbest, model, weights=given, dev=dev, num_folds=cross_validate, reference_model=reference_model, settings=settings,
-        allow_overlap=allow_overlap, seed=seed,
+        allow_overlap=allow_overlap, keep_rankings=report is not None, seed=seed,
     )  # fmt: skip
     written, left_out = [], []
     if output is not None:
@@ -132,11 +137,33 @@ def main(
         sources = {"list": nbest, "dev": dev, "model": model, "reference": reference_model}
         write_json(json, _record(result, {k: str(v) for k, v in sources.items() if v is not None}, settings, seed))
         written.append(json)
+    if report is not None:
+        _write_report(
+            report, result, nbest, model, reference_model, cross_validated=cross_validate is not None, seed=seed
+        )
+        written.append(report)
     _print(result, model, reference_model)
     for path in written:
         typer.echo(f"wrote {path}")
     if left_out:
         typer.echo(f"Note: {output} has no place for {', '.join(left_out)}.")
+
+
+def _write_report(
+    path: Path,
+    result: RescoredList,
+    source: Path,
+    model: Path,
+    reference_model: Path | None,
+    *,
+    cross_validated: bool,
+    seed: int,
+) -> None:
+    from mixbits.pipeline.rescore_report import rescoring_comparison
+    from mixbits.report.compare_page import render_comparison
+
+    record = rescoring_comparison(result, source, model, reference_model, cross_validated=cross_validated, seed=seed)
+    render_comparison(record, path, title=f"{source.name} rescored with {model.name or model.resolve().name}")
 
 
 def _given_weights(
@@ -177,21 +204,6 @@ def _given_weights(
     )
 
 
-def _check_outputs(nbest: Path, outputs: dict[str, Path | None]) -> None:
-    """Find out before an hour of scoring that a result cannot be written."""
-    from mixbits.errors import DataError
-
-    taken = {nbest.resolve(): "LIST"}
-    for option, path in outputs.items():
-        if path is None:
-            continue
-        if path.is_dir():
-            raise DataError(f"{option} {path}: is a folder; expected a file name")
-        _check_writable(path, option)
-        if (other := taken.setdefault(path.resolve(), option)) != option:
-            raise DataError(f"{option} {path}: is the same file as {other}; choose another name")
-
-
 def _check_format(nbest: Path, output: Path | None, output_format: OutputName | None) -> None:
     """Find out before an hour of scoring that the lists do not fit the format of the result."""
     if output is None:
@@ -201,20 +213,7 @@ def _check_format(nbest: Path, output: Path | None, output_format: OutputName | 
     chosen = registry.output_format(output, output_format)
     if chosen != "jsonl":
         lists = registry.read_any(nbest).lists
-        registry.check_output(registry.rescored_view(lists, chosen)[0], chosen)
-
-
-def _check_writable(path: Path, option: str) -> None:
-    """Raise DataError unless a file can be made there, folders included."""
-    import os
-
-    from mixbits.errors import DataError
-
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    if not nearest.is_dir():
-        raise DataError(f"{option} {path}: {nearest} is a file; expected a folder to write to")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise DataError(f"{option} {path}: no permission to write in {nearest}; choose another place")
+        registry.check_output(registry.rescored_view(lists, chosen)[0], chosen, path=output)
 
 
 def _record(result: RescoredList, sources: dict[str, str], settings: ScoreSettings, seed: int) -> dict[str, Any]:

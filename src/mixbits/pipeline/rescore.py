@@ -14,7 +14,7 @@ with weights from dev lists, a file or by hand, with or without references.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from mixbits.asr.formats.registry import read_any
 from mixbits.asr.nbest import NBest, one_best_texts, reference_texts
 from mixbits.asr.rescore import DEFAULT_MAX_TOKENS, LmFeatures, apply_weights
 from mixbits.asr.weights import SCALES, Weights, check_no_overlap
-from mixbits.errors import SpecError
+from mixbits.errors import DataError, SpecError
 from mixbits.pipeline.cross_validation import cross_validate
 from mixbits.pipeline.lm_scores import Runtime, Scoring, SpeechModel, unknown_share
 from mixbits.pipeline.scoring import ScoreSettings, merging_error, tune_system
@@ -151,7 +151,8 @@ class RescoredList:
 
     ``lists``: sorted by the model's total score. ``weights``: by system. ``entries`` and ``facts``: word errors
     (:mod:`mixbits.pipeline.speech_rows`), None where no utterance has a reference. ``lm``: the model's scores. ``merging``: what merged
-    histories changed (:func:`mixbits.pipeline.scoring.merging_error`), None without them.
+    histories changed (:func:`mixbits.pipeline.scoring.merging_error`), None without them. ``rankings``: the lists as each system sorts
+    them, the first pass included, where they were to be kept.
     """
 
     lists: tuple[NBest, ...]
@@ -162,6 +163,7 @@ class RescoredList:
     data_hash: str
     notes: tuple[str, ...]
     merging: Mapping[str, float] | None = None
+    rankings: Mapping[str, tuple[NBest, ...]] = field(default_factory=dict)
 
 
 def rescore_list(
@@ -174,15 +176,18 @@ def rescore_list(
     reference_model: str | Path | None = None,
     settings: ScoreSettings | None = None,
     allow_overlap: bool = False,
+    keep_rankings: bool = False,
     seed: int = 0,
 ) -> RescoredList:
     """Rescore one list, with given ``weights`` (the same for both models), or weights tuned on ``dev`` for each model, or with
     ``num_folds`` parts of the list itself, each with weights tuned on the others (:mod:`mixbits.pipeline.cross_validation`).
 
-    Utterances without a reference are rescored and left out of the word errors; their number is noted.
+    Utterances without a reference are rescored and left out of the word errors; their number is noted. ``keep_rankings`` is for a
+    comparison (:mod:`mixbits.pipeline.rescore_report`), which needs references.
 
     Raises:
-        SpecError: not exactly one of ``weights``, ``dev`` and ``num_folds``. DataError, FormatError: lists, models, overlap with dev.
+        SpecError: not exactly one of ``weights``, ``dev`` and ``num_folds``. DataError, FormatError: lists, models, overlap with dev,
+            no reference at all where rankings are kept.
     """
     if [weights, dev, num_folds].count(None) != 2:
         raise SpecError(
@@ -191,6 +196,10 @@ def rescore_list(
     settings = settings or ScoreSettings()
     notes = [unknown_note(settings)]
     file = read_any(path)
+    if keep_rankings and all(entry.reference is None for entry in file):
+        raise DataError(
+            f"{path}: no utterance has a reference, so there is nothing to report on; rescore without a report"
+        )
     dev_file = None if dev is None else read_any(dev)
     source = dev_file if dev_file is not None else weights
     shared = 0 if source is None else _refuse_overlap(source, file, allow_overlap=allow_overlap)
@@ -201,11 +210,14 @@ def rescore_list(
     systems |= {name: SpeechModel(directory) for name, directory in {**sources, MODEL: model}.items()}
     found: dict[str, Weights] = {}
     outputs = {FIRST_PASS: one_best_texts(file)}
+    rankings = {FIRST_PASS: file.lists} if keep_rankings else {}
     for system, scorer in systems.items():
         if num_folds is not None:
             parts = cross_validate(scorer, file, settings=settings, num_folds=num_folds, seed=seed)
             done, lm, found[system] = parts.rescored, parts.lm, parts.weights
             outputs[system] = done.one_best
+            if keep_rankings:
+                rankings[system] = done.lists
             if system == MODEL:
                 notes.append(
                     f"Cross-validated over {num_folds} parts of whole {parts.unit}: each was rescored with weights tuned on the "
@@ -222,6 +234,8 @@ def rescore_list(
         lm = None if scorer is None else settings.score(scorer, file, weights=found[system])
         done = apply_weights(file, lm, found[system], allow_overlap=allow_overlap)
         outputs[system] = done.one_best
+        if keep_rankings:
+            rankings[system] = done.lists
     assert lm is not None  # MODEL comes last
     entries = facts = None
     spoken = [number for number, entry in enumerate(file) if entry.reference is not None]
@@ -239,7 +253,7 @@ def rescore_list(
     if settings.merge_order is not None:
         assert scorer is not None
         merging = merging_error(scorer, file.lists, lm, found[MODEL], settings)
-    return RescoredList(done.lists, found, entries, facts, lm, file.data_hash, tuple(notes), merging)
+    return RescoredList(done.lists, found, entries, facts, lm, file.data_hash, tuple(notes), merging, rankings)
 
 
 def weight_values(weights: Weights) -> dict[str, float]:

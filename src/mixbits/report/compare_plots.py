@@ -137,13 +137,15 @@ def plot_weights(record: Mapping[str, Any]) -> Plot | None:
 def _distinct(curves: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
     """Curves with a label each; where several systems have the very same one (another order of the same lists), it is drawn once."""
     found: list[tuple[Mapping[str, Any], str]] = []
+    mixed = len({curve["weight"] for curve in curves}) > 1
     for curve in curves:
+        own = " (the list's own LM)" if mixed and curve["weight"] == "first_pass_lm_scale" else ""
         for place, (other, label) in enumerate(found):
             if all(curve[key] == other[key] for key in ("edges", "errors", "chosen")):
-                found[place] = (other, f"{label}, {curve['system']}")
+                found[place] = (other, f"{label}, {curve['system']}{own}")
                 break
         else:
-            found.append((curve, curve["system"]))
+            found.append((curve, curve["system"] + own))
     return found
 
 
