@@ -77,7 +77,7 @@ def test_transcripts_and_references(source: Path, tmp_path: Path, capsys: pytest
 def test_gzipped_kaldi_folder(source: Path, tmp_path: Path) -> None:
     assert run(source, tmp_path / "k", "--output-format", "kaldi", "--gzip") == 0
     assert sorted(path.name for path in (tmp_path / "k").iterdir()) == [
-        "acwt.gz", "lmwt.withlm.gz", "text", "utt2reco", "utt2spk", "words_text.gz",
+        "acwt.gz", "lmwt.withlm.gz", "references", "utt2reco", "utt2spk", "words_text.gz",
     ]  # fmt: skip
     assert list(read_any(tmp_path / "k")) == LISTS
 

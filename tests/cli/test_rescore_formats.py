@@ -83,9 +83,11 @@ def test_what_the_output_cannot_hold_is_said_before_scoring(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_any(tmp_path / "ragged.jsonl", [NBest(f"u{n}", (Hypothesis("dogs", -1.0),) * n) for n in (1, 2)])
+    (tmp_path / "m.manifest.json").write_text('{"audio_filepath": "u.wav"}\n')
     hand = ("-m", tmp_path / "no-model", "--lm-scale", 1)
     for options, message in (
         (("-o", tmp_path / "o.tsv"), "holds lists of one length: keep the first 1 of each"),
+        (("-o", tmp_path / "m.tsv"), "is not ours to write over"),
         (("-o", tmp_path / "o.x"), "the name does not tell the format"),
     ):
         assert run(tmp_path / "ragged.jsonl", *hand, *options) == 2

@@ -53,7 +53,7 @@ def main(
     }
     if json:
         record = {**facts, "findings": findings.counts, "places": {k: v for k, v in findings.places.items() if v}}
-        typer.echo(json_module.dumps(record, indent=1, ensure_ascii=False))
+        typer.echo(json_module.dumps(record, indent=1))
     else:
         _print(findings)
         typer.echo(

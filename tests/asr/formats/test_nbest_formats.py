@@ -81,7 +81,7 @@ def test_kaldi_integers_side_files_and_neural_costs(tmp_path: Path) -> None:
         "acwt": "u-1 1\nu-2 2\n",
         "lmwt.nolm": "u-1 0.5\nu-2 0.25\n",
         "lmwt.nn": "u-1 1.0 2.0 0.5\nu-2 4\n",
-        "text": "u b\n",
+        "references": "u b\n",
         "utt2spk": "u s\n",
         "utt2reco": "u r\n",
     }
@@ -154,7 +154,7 @@ def test_nemo_lists_of_other_lengths_are_noticed(tmp_path: Path) -> None:
     lines = [f"w{u}\t{-float(rank)}\n" for u, size in enumerate(sizes) for rank in range(size)]
     manifest = "".join(json.dumps({"audio_filepath": f"{u}.wav", "text": "x"}) + "\n" for u in range(3))
     path = put(tmp_path, {"b.tsv": "".join(lines), "b.manifest.json": manifest}) / "b.tsv"
-    with pytest.raises(FormatError, match=r"line 5: the scores rise here, inside the 2\. list of 3 lines"):
+    with pytest.raises(FormatError, match=r"line 5: the scores rise here, inside list 2 of 3 lines"):
         read_any(path)
     assert len(read_any(path, options=ReadOptions(beam_size=3))[1].hypotheses) == 3
     with pytest.raises(FormatError, match=r"9 lines for 3 manifest entries.*expected 2 for each, 6 in all"):
@@ -162,7 +162,7 @@ def test_nemo_lists_of_other_lengths_are_noticed(tmp_path: Path) -> None:
     path.write_text("".join(lines[:-1]))
     with pytest.raises(FormatError, match=r"8 lines for 3 manifest entries.*no whole number for each"):
         read_any(path)
-    path.unlink()
+    path = tmp_path / "ours.tsv"
     write_any(path, [NBest(str(n), (Hypothesis("a", -3.0), Hypothesis("b", -1.0))) for n in range(5)])
     assert len(read_any(path)) == 5  # unsorted, but the manifest says how many there are
 
@@ -189,6 +189,8 @@ BAD: dict[str, tuple[dict[str, Any], str, type[Exception], str]] = {
     "kaldi: infinite": (swap(KALDI, "lmwt.withlm", "utt-a-1 inf\n"), ".", FormatError, "withlm:1: a cost is inf"),
     "kaldi: overflow": (swap(KALDI, "acwt", "utt-a-1 1e999\n"), ".", FormatError, "acwt:1: a cost is 1e999"),
     "kaldi: no number": (swap(KALDI, "acwt", "utt-a-1 1_0\n"), ".", FormatError, "acwt:1: expected a cost, a number"),
+    "kaldi: far rank": ({"words_text": "a-1 x\na-999999999 y\n", "acwt": "a-1 1\na-999999999 2\n"}, ".", FormatError, "sound hypothesis 2"),
+    "kaldi: endless number": (swap(KALDI, "acwt", "utt-a-1 " + "1" * 10**6 + "x\n"), ".", FormatError, "acwt:1: expected a cost"),
     "kaldi: no cost": (swap(KALDI, "acwt", "utt-a-1\n"), ".", FormatError, "acwt:1: expected a cost, a number"),
     "kaldi: key twice": (swap(KALDI, "words_text", "b-1 x\nb-1 y\n"), ".", DataError, "words_text:2: 'b-1' was in"),
     "kaldi: key without rank": (swap(KALDI, "words_text", "utt x\n"), ".", FormatError, "expected a key 'utterance-rank'"),

@@ -203,6 +203,22 @@ def test_a_folder_is_never_written_over(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "empty")) == ["acwt", "words_text"]
 
 
+def test_a_manifest_of_others_is_never_written_over(tmp_path: Path) -> None:
+    lists = [NBest("u", (Hypothesis("a", -1.0),))]
+    write_any(tmp_path / "x.tsv", lists)
+    write_any(tmp_path / "x.tsv", lists)
+    (tmp_path / "x.manifest.json").write_text('{"audio_filepath": "u.wav", "text": "a"}\n')
+    with pytest.raises(DataError, match="is not ours to write over"):
+        write_any(tmp_path / "x.tsv", lists)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, 2**60 + 1, True, "3"])
+def test_kaldi_refuses_extra_scores_that_are_no_costs(tmp_path: Path, value: Any) -> None:
+    lists = [NBest("u", (Hypothesis("a", -1.0, None, {"graph_score": value}),))]
+    with pytest.raises(DataError, match="graph_score is not a finite number everywhere"):
+        write_any(tmp_path / "k", lists, format="kaldi")
+
+
 @pytest.mark.skipif("MIXBITS_DATA" not in os.environ, reason="MIXBITS_DATA is not set: no real lists")
 @pytest.mark.parametrize(
     "name", ["librispeech_10best/test_clean.jsonl.gz", "lattices/kaldi_weather/mono.100best.jsonl.gz"]

@@ -1,7 +1,7 @@
 """What Kaldi's and ESPnet's n-best folders share: numbered folders, and Kaldi data files beside them.
 
-``text`` holds the references, ``utt2spk`` the speakers, ``utt2reco`` the recordings (our conversations), each ``utterance value``.
-They are Kaldi's names for these facts; recognizers need none of them.
+``references`` (Kaldi's data folders say ``text``, but ESPnet's decoding folders have hypotheses under that name), ``utt2spk`` with the speakers,
+``utt2reco`` with the recordings (our conversations); each ``utterance value``. Recognizers need none of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mixbits.asr.formats.problems import Report
 from mixbits.asr.nbest import NBest
 from mixbits.errors import DataError, FormatError
 
-SIDE_FILES = {"reference": "text", "speaker": "utt2spk", "conversation": "utt2reco"}
+SIDE_FILES = {"reference": "references", "speaker": "utt2spk", "conversation": "utt2reco"}
 
 
 def numbered_folders(path: Path, pattern: str) -> list[Path]:

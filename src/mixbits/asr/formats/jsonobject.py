@@ -131,7 +131,7 @@ class _Text:
         try:
             self.window = self.window[self.at :] + self.decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            at = self.num_bytes - len(chunk) + error.start
+            at = self.num_bytes - len(error.object) + error.start
             raise DataError(
                 f"{self.name}: byte {at}: not UTF-8 (0x{error.object[error.start]:02x}); convert the file to UTF-8"
             ) from error

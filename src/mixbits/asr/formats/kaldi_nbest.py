@@ -17,8 +17,10 @@ character, though Kaldi's own tools see words only.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +122,9 @@ def _read_folder(
         for key in [key for key in entries if key not in texts]:
             report(MissingError(f"{entries[key][0]}: {key!r} has a cost here and no words in {path}"))
     for utterance, hypotheses in ranked.items():
-        missing = [rank for rank in range(1, max(hypotheses, default=1)) if rank not in hypotheses]
-        if missing or not hypotheses:
-            report(
-                MissingError(f"{path}: utterance {utterance!r} has no sound hypothesis {missing[0] if missing else 1}")
-            )
+        missing = next(rank for rank in count(1) if rank not in hypotheses)
+        if missing <= max(hypotheses, default=1):
+            report(MissingError(f"{path}: utterance {utterance!r} has no sound hypothesis {missing}"))
     return {
         utterance: [hypotheses[rank] for rank in sorted(hypotheses)]
         for utterance, hypotheses in ranked.items()
@@ -182,8 +182,17 @@ def check(lists: Sequence[NBest]) -> None:
         values = [_value(hypothesis, name) for hypothesis in hypotheses]
         if any(value is None for value in values) and any(value is not None for value in values):
             raise DataError(f"some hypotheses have no {name}; {FORMAT} holds it for all or none (--drop {name})")
-        if any(not isinstance(value, (float, int)) or isinstance(value, bool) for value in values if value is not None):
-            raise DataError(f"{name} is not a number everywhere; {FORMAT} holds it as a cost (--drop {name})")
+        if not all(value is None or _is_cost(value) for value in values):
+            raise DataError(f"{name} is not a finite number everywhere; {FORMAT} holds it as a cost (--drop {name})")
+
+
+def _is_cost(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value) and float(value) == value
+    except OverflowError:
+        return False
 
 
 def _value(hypothesis: Hypothesis, name: str) -> Any:

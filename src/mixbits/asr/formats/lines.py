@@ -29,7 +29,10 @@ MAX_LINE_BYTES = 64 * 2**20
 WHITE = " \t\n\v\f\r"
 _GZIP, _XZ = b"\x1f\x8b", b"\xfd7zXZ\x00"
 _SEPARATOR = re.compile("[ \t]")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
+_MAX_NUMBER = 1000  # characters
+_NUMBER = re.compile(
+    r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?(?:nan|inf|infinity)", re.IGNORECASE
+)
 
 
 @contextmanager
@@ -67,7 +70,9 @@ def raw_lines(name: str, digest: Any, max_line_bytes: int, *, expected: str) -> 
             number += 1
             digest.update(line)
             yield number, line
-            while len(line) > max_line_bytes and line and not line.endswith(b"\n"):  # the rest, where the caller goes on
+            while (
+                len(line) > max_line_bytes and line and not line.endswith(b"\n")
+            ):  # the rest, where the caller goes on
                 line = stream.readline(max_line_bytes + 1)
                 digest.update(line)
 
@@ -132,7 +137,7 @@ def number(text: str, *, where: str, what: str) -> float:
     Raises:
         FormatError: not a number. NotFiniteError: NaN or infinite.
     """
-    if not _NUMBER.fullmatch(text.strip(WHITE)):
+    if len(text) > _MAX_NUMBER or not _NUMBER.fullmatch(text.strip(WHITE)):
         raise FormatError(f"{where}: expected {what}, a number, got {text[:40]!r}")
     value = float(text)
     if not math.isfinite(value):
@@ -173,7 +178,7 @@ def check_key(utterance: str, *, format_name: str) -> None:
         )
 
 
-def check_line(text: str, *, what: str, format_name: str, forbidden: str = "\n\r") -> None:
+def check_line(text: str, *, what: str, format_name: str, forbidden: str = "\n\r\0") -> None:
     """Raise DataError if ``text`` holds a character that would end a line or a field."""
     found = next((character for character in forbidden if character in text), None)
     if found is None and text.startswith("\ufeff"):

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mixbits.asr.formats.lines import check_line, encode_line, new_digest, number, packed_file, text_lines
+from mixbits.asr.formats.lines import check_line, encode_line, new_digest, number, packed_file, raw_lines, text_lines
 from mixbits.asr.formats.nbestfile import NBestFile
 from mixbits.asr.formats.problems import DuplicateError, MissingError, Report, stop
 from mixbits.asr.formats.strictjson import dump_json, other_fields, parse_json, score_field, string_field
@@ -58,7 +58,7 @@ def read(
         raise DataError(f"{manifest}: no such file; the manifest says which utterances {name} holds (--manifest FILE)")
     records = read_manifest(manifest, digest, report)
     lines: list[Hypothesis | None] = []
-    for where, line in _lines(name, digest, report):
+    for where, line in text_lines(name, digest, expected="lines 'text<TAB>score'", report=report):
         try:
             lines.append(_hypothesis(line, where))
         except MixbitsError as error:
@@ -77,10 +77,6 @@ def read(
     if not lists:
         raise DataError(f"{name}: no hypotheses; expected lines 'text<TAB>score'")
     return NBestFile(name, tuple(lists), digest.hexdigest())
-
-
-def _lines(name: str, digest: Any, report: Report) -> Any:
-    return text_lines(name, digest, expected="lines 'text<TAB>score'", report=report)
 
 
 def _hypothesis(line: str, where: str) -> Hypothesis:
@@ -175,8 +171,8 @@ def _check_borders(name: str, lines: Sequence[Hypothesis | None], size: int, num
     inside = [at for at in rises if at % size]
     if inside and len(rises) < num_lists and len(scores) > 2 * num_lists:
         raise FormatError(
-            f"{name}: line {inside[0] + 1}: the scores rise here, inside the {inside[0] // size + 1}. list of {size} lines, and fall almost "
-            f"everywhere else; {advice}"
+            f"{name}: line {inside[0] + 1}: the scores rise here, inside list {inside[0] // size + 1} of {size} lines, and fall almost "
+            f"everywhere else; {advice} where they are just not sorted"
         )
 
 
@@ -198,7 +194,7 @@ def check(lists: Sequence[NBest]) -> None:
                 )
         for rank, hypothesis in enumerate(entry.hypotheses, 1):
             what = f"hypothesis {rank} of utterance {entry.utterance!r}"
-            check_line(hypothesis.text, what=what, format_name=FORMAT, forbidden="\t\n\r")
+            check_line(hypothesis.text, what=what, format_name=FORMAT, forbidden="\t\n\r\0")
 
 
 def write(path: str | os.PathLike[str], lists: Sequence[NBest]) -> None:
@@ -208,12 +204,26 @@ def write(path: str | os.PathLike[str], lists: Sequence[NBest]) -> None:
         DataError: see :func:`check`, or a field that JSON cannot hold.
     """
     check(lists)
+    check_target(path)
     with packed_file(manifest_path(path)) as manifest, packed_file(path) as file:
         for entry in lists:
             manifest.write(dump_json(_record(entry), what=f"utterance {entry.utterance!r}") + b"\n")
             for hypothesis in entry.hypotheses:
                 line = f"{hypothesis.text}\t{float(hypothesis.acoustic_score)!r}"
                 file.write(encode_line(line, what=f"a hypothesis of utterance {entry.utterance!r}"))
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise DataError if a manifest that we did not write is in the way: it may be the only one of its data."""
+    manifest = manifest_path(path)
+    if manifest.exists() and b'"num_hypotheses"' not in next((line for _, line in _head(manifest)), b""):
+        raise DataError(
+            f"{manifest}: is there already, and is not ours to write over; choose another name for the TSV file"
+        )
+
+
+def _head(path: Path) -> Iterator[tuple[int, bytes]]:
+    return raw_lines(os.fspath(path), new_digest(), 1 << 20, expected="a manifest")
 
 
 def _record(entry: NBest) -> dict[str, Any]:

@@ -205,8 +205,16 @@ def _without(extra: Any, names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in extra.items() if name not in names}
 
 
-def check_output(lists: Sequence[NBest], format: OutputFormat, *, transcript: Transcript = "one-best") -> None:
-    """Raise DataError if these lists cannot be written without loss; the message names what would be lost."""
+def check_output(
+    lists: Sequence[NBest],
+    format: OutputFormat,
+    *,
+    path: str | os.PathLike[str] | None = None,
+    transcript: Transcript = "one-best",
+) -> None:
+    """Raise DataError if these lists cannot be written without loss, the message names what would be lost; or not to ``path``."""
+    if path is not None and format == "nemo":
+        nemo.check_target(path)
     lost = lost_fields(lists, format)
     if lost:
         facts = ", ".join(f"{name} ({number:,} times, first in {first!r})" for name, (number, first) in lost.items())

@@ -105,9 +105,10 @@ def check(pairs: Iterable[tuple[str, str]]) -> None:
             raise DataError(
                 f"utterance id {utterance[:60]!r} holds brackets or white space at an end, which {FORMAT} cannot"
             )
-        check_line(text, what=what, format_name=FORMAT)
-        mark = next((word for word in text.split() if _is_mark(word)), None)
-        if mark is not None or text.lstrip().startswith(";;"):
+        words = text.split()
+        check_line(" ".join(words), what=what, format_name=FORMAT)
+        mark = next((word for word in words if _is_mark(word)), None)
+        if mark is not None or (words and words[0].startswith(";;")):
             raise DataError(f"{what} holds {mark or ';;'!r}, which {FORMAT} reads as a mark")
 
 
