@@ -16,11 +16,11 @@ from mixbits.asr.nbest import NBest
 from mixbits.asr.rescore import LmFeatures, apply_weights
 from mixbits.asr.significance import mapsswe
 from mixbits.asr.weights import Weights
-from mixbits.asr.wer import count_errors, error_table
+from mixbits.asr.wer import ErrorTable, count_errors, error_table
 from mixbits.errors import DataError, FormatError, SpecError
 from mixbits.pipeline.compare import compare_systems
 from mixbits.pipeline.compare_inputs import System, match_systems, read_system
-from mixbits.pipeline.weight_curve import weight_curve
+from mixbits.pipeline.weight_curve import weight_curves
 
 _spec = importlib.util.spec_from_file_location("compare_example", Path(__file__).parent / "compare_example.py")
 assert _spec is not None
@@ -165,6 +165,10 @@ def test_the_record_is_json_and_repeats(systems: list[System], record: dict) -> 
 # ---- WER by weight ------------------------------------------------------------------------------------------------------
 
 
+def weight_curve(system: System, table: ErrorTable) -> dict | None:
+    return next(iter(weight_curves([system], [table])), None)
+
+
 def _at(curve: dict, weight: float) -> int:
     return curve["errors"][int(np.searchsorted(curve["edges"], weight)) - 1]
 
@@ -193,6 +197,9 @@ def test_the_curve_of_a_rescored_list_goes_through_what_was_chosen(tmp_path: Pat
     assert again is not None
     assert np.array_equal(again["edges"], curve["edges"])
     assert weight_curve(replace(read, weights=None), error_table(read.lists)) is None
+    both = weight_curves([read, System("y", lists)], [error_table(read.lists), error_table(lists)])
+    assert [found["system"] for found in both] == ["r", "y"]
+    assert both[0]["edges"][-1] == both[1]["edges"][-1] >= curve["edges"][-1]
 
 
 def test_the_curve_of_a_first_pass_score(systems: list[System]) -> None:
@@ -226,7 +233,7 @@ def test_a_score_that_is_no_number_is_refused(systems: list[System]) -> None:
             for e in systems[0].lists
         )
 
-    for value in ("high", True, [1]):
+    for value in ("high", True, [1], 10**400):
         lists = with_field(value)
         with pytest.raises(DataError, match="field 'total_score'"):
             weight_curve(System("x", lists, weights=Weights()), error_table(lists))

@@ -31,7 +31,7 @@ from mixbits.jsonfile import plain
 from mixbits.pipeline.compare_inputs import MatchedSystems, System
 from mixbits.pipeline.speech_rows import error_counts
 from mixbits.pipeline.verdicts import check_alpha, holm
-from mixbits.pipeline.weight_curve import weight_curve
+from mixbits.pipeline.weight_curve import weight_curves
 from mixbits.runs import versions
 
 FORMAT, FORMAT_VERSION = "mixbits-comparison", 1
@@ -77,7 +77,7 @@ def compare_systems(
         "tests": tests,
         "groups": _groups(utterances, tables, groups),
         "oracle": {name: _curve(table) for name, table in tables.items() if systems[name].longest > 1},
-        "weights": [curve for name in systems if (curve := weight_curve(systems[name], tables[name])) is not None],
+        "weights": weight_curves(matched.systems, list(tables.values())),
         "examples": [
             _examples(systems[a], systems[b], tables[a], tables[b], num_examples) for a, b in pairs
         ],

@@ -19,12 +19,25 @@ from mixbits.errors import DataError
 from mixbits.pipeline.compare_inputs import System
 
 
-def weight_curve(system: System, table: ErrorTable) -> dict[str, Any] | None:
-    """Word errors against the weight of the LM's score, all other weights as they were; None where the lists have no such score.
+def weight_curves(systems: Sequence[System], tables: Sequence[ErrorTable]) -> list[dict[str, Any]]:
+    """Word errors against the weight of the LM's score, all other weights as they were, for the systems whose lists have such a score.
 
     Rescored lists give the rest of the total as ``total_score`` − chosen weight · ``neural_lm_score``, which needs the weights they
     were made with; lists with a first-pass ``lm_score`` are ranked by acoustic score and words as ``weights`` say (1 and 0 by default).
+
+    A curve has ``system``, ``weight`` (its name), ``edges`` and ``errors`` (the step function), ``words``, ``chosen`` (the weight that was
+    used, or None), ``best`` and ``best_errors`` (the middle of the widest best interval). All end at the same weight.
     """
+    pairs = zip(systems, tables, strict=True)
+    found = [made for made in (_curve(system, table) for system, table in pairs) if made is not None]
+    high = max((_shown_until(steps, curve["best"], curve["chosen"]) for curve, steps in found), default=1.0)
+    for curve, steps in found:
+        inside = steps.edges[:-1] < high
+        curve |= {"edges": np.append(steps.edges[:-1][inside], high), "errors": steps.values[inside]}
+    return [curve for curve, _ in found]
+
+
+def _curve(system: System, table: ErrorTable) -> tuple[dict[str, Any], StepFunction] | None:
     weights = system.weights
     neural, total = (_extra(system.lists, name) for name in ("neural_lm_score", "total_score"))
     if neural is not None and total is not None and weights is not None:
@@ -52,25 +65,28 @@ def _extra(lists: Sequence[NBest], name: str) -> FloatArray | None:
     wrong = next((v for v in values if isinstance(v, bool) or not isinstance(v, (int, float))), None)
     if wrong is not None:
         raise DataError(f"field {name!r} of a hypothesis is {str(wrong)[:40]!r}; expected a number")
-    return np.array(values, dtype=np.float64)
+    try:
+        return np.array(values, dtype=np.float64)
+    except OverflowError:
+        raise DataError(f"field {name!r} of a hypothesis is a number too large for a score") from None
 
 
 def _steps(
     system: System, table: ErrorTable, weight: str, base: FloatArray, score: FloatArray, chosen: float | None
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], StepFunction]:
+    """Everything about a curve but the steps themselves, and these, to infinity."""
     steps = errors_by_weight(base, score, table)
     best, lowest = steps.best_point()
-    steps = _cut(steps, _shown_until(steps, best, chosen))
-    return {
+    words = int(table.num_words.sum())
+    facts = {
         "system": system.name,
         "weight": weight,
-        "edges": steps.edges,
-        "errors": steps.values,
-        "words": int(table.num_words.sum()),
+        "words": words,
         "chosen": chosen,
         "best": best,
         "best_errors": lowest,
     }
+    return facts, steps
 
 
 def _shown_until(steps: StepFunction, best: float, chosen: float | None) -> float:
@@ -80,8 +96,3 @@ def _shown_until(steps: StepFunction, best: float, chosen: float | None) -> floa
     if chosen:
         return 2 * max(chosen, min(best, far))
     return min(2 * best, 1.2 * far) or 1.0
-
-
-def _cut(steps: StepFunction, high: float) -> StepFunction:
-    inside = steps.edges[:-1] < high
-    return StepFunction(np.append(steps.edges[:-1][inside], high), steps.values[inside])
