@@ -35,6 +35,12 @@ def test_option_values_are_the_formats() -> None:
     assert get_args(convert.OutputName) == get_args(OutputFormat)
 
 
+def test_the_page_of_formats_names_them_all() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats" / "nbest.md").read_text(encoding="utf-8")
+    for name in get_args(OutputFormat):
+        assert f"| `{name}` |" in page, name
+
+
 @pytest.mark.parametrize("format", ["kaldi", "espnet1", "mlm-scoring", "jsonl"])
 def test_there_and_back(source: Path, tmp_path: Path, format: str, capsys: pytest.CaptureFixture[str]) -> None:
     there, back = tmp_path / "there", tmp_path / "back.jsonl.gz"

@@ -4,7 +4,8 @@ Pure NumPy and Python: nothing here imports a model. The model side is handed in
 
 What there is, one module a subject (import from the module):
 
-* ``nbest``: :class:`Hypothesis`, :class:`NBest`; ``formats.jsonl``: ``read_nbest``, ``write_nbest``.
+* ``nbest``: :class:`Hypothesis`, :class:`NBest`; ``formats.jsonl``: ``read_nbest``, ``write_nbest``;
+  ``formats.registry``: ``read_any``, ``write_any`` for every format; ``lint``: ``lint_lists``.
 * ``wer``: ``count_errors``, ``error_table``, ``one_best_errors``, ``oracle_errors`` → :class:`ErrorCounts`.
 * ``significance``: ``mapsswe``; ``bootstrap``: ``paired_bootstrap``, ``bootstrap_blocks``.
 * ``trie``: :class:`TokenForest`, ``build_forest``, ``plan_forests``: what a scorer gets.

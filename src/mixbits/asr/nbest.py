@@ -98,7 +98,8 @@ def reference_texts(lists: Iterable[NBest]) -> list[str]:
     for entry in lists:
         if entry.reference is None:
             raise DataError(
-                f"utterance {entry.utterance!r} has no reference; error counts, tuning and significance need one"
+                f"utterance {entry.utterance!r} has no reference; error counts, tuning and significance need one "
+                "(mixbits convert IN OUT --references FILE adds them)"
             )
         texts.append(entry.reference)
     return texts
