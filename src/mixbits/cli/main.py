@@ -48,7 +48,9 @@ COMMANDS: dict[str, str] = {
     "unarchive": "Unpack an archived model to the very same files.",
     "convert": "Convert n-best lists from one format to another.",
     "lint": "Look for what is wrong in n-best lists.",
+    "ngram": "Estimate an n-gram model (ARPA file) from plain text.",
     "rescore": "Rescore n-best lists; word error rates and significance.",
+    "rescore-lattice": "Rescore lattices (Kaldi, HTK SLF); a certificate of the error.",
     "compare": "Compare recognizers' outputs: errors, tests, examples, one page.",
     "certify": "Is a packed model lossless? A verdict with its evidence.",
     "report": "Show result files as a table and as one HTML page.",
@@ -60,7 +62,7 @@ _SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable"
 
 def load_command(name: str) -> Callable[..., Any]:
     """The function behind a command, from ``mixbits.cli.<name>``. Raises MixbitsError if it is not installed."""
-    module_name = f"mixbits.cli.{name}"
+    module_name = f"mixbits.cli.{name.replace('-', '_')}"
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

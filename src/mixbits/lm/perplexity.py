@@ -70,7 +70,7 @@ class Perplexity:
         }
 
 
-def _mean_and_stderr(values: np.ndarray, sentence: np.ndarray) -> tuple[float, float]:
+def mean_and_stderr(values: np.ndarray, sentence: np.ndarray) -> tuple[float, float]:
     """Mean over tokens and its standard error with sentences as clusters; infinite for a single sentence."""
     sums = np.bincount(sentence, weights=values.astype(np.float64))
     lengths = np.bincount(sentence)
@@ -140,7 +140,7 @@ def _window_nll(model: Any, stream: TokenStream, context: int, stride: int, batc
 
 def from_nll(nll: np.ndarray, stream: TokenStream, *, context: int, stride: int) -> Perplexity:
     """Sum up per-token values (num_tokens,) that were computed with the given window."""
-    mean, stderr = _mean_and_stderr(nll, stream.sentence)
+    mean, stderr = mean_and_stderr(nll, stream.sentence)
     return Perplexity(mean, stderr, stream.num_tokens, stream.num_words, stream.num_unknown, context, stride, nll)
 
 
@@ -153,4 +153,4 @@ def paired_difference(result: Perplexity, reference: Perplexity, stream: TokenSt
         raise DataError(
             "the two models were evaluated on different tokens; a paired difference needs the same tokenizer and text"
         )
-    return _mean_and_stderr(result.nll.astype(np.float64) - reference.nll, stream.sentence)
+    return mean_and_stderr(result.nll.astype(np.float64) - reference.nll, stream.sentence)
