@@ -1,0 +1,66 @@
+"""A neural LM's scores of n-best lists word by word, for interpolation with an n-gram model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mixbits.asr.nbest import NBest
+from mixbits.asr.ngram import NgramModel
+from mixbits.asr.ngram_features import interpolated_score, neural_word_scores, ngram_features
+from mixbits.asr.rescore import DEFAULT_MAX_TOKENS
+from mixbits.lm.words import tokens_per_word
+from mixbits.pipeline.lm_scores import Runtime, SpeechModel, check_vocabulary, encode_texts, unknown_words
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def neural_word_log_probs(
+    model: SpeechModel | str | Path | tuple[Any, Any],
+    lists: Sequence[NBest],
+    *,
+    lower_case: bool = False,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    runtime: Runtime = "auto",
+) -> list[list[FloatArray]]:
+    """For each list and hypothesis ln p of its words and its sentence end, (num_words + 1,); pieces are summed, shared prefixes computed once.
+
+    They add up to :func:`mixbits.pipeline.lm_scores.neural_features`' scores (unknown words: the probability of ``<unk>``, no penalty).
+
+    Raises:
+        DataError: as there; also a tokenizer whose tokens do not make up words.
+    """
+    if not isinstance(model, SpeechModel):
+        model = SpeechModel(model)
+    texts = [[h.text.lower() if lower_case else h.text for h in entry.hypotheses] for entry in lists]
+    flat = list(dict.fromkeys(text for some in texts for text in some))
+    check_vocabulary(model.tokenizer, flat, unknown_words(model.tokenizer, flat), lower_case=lower_case)
+    ids = encode_texts(model.tokenizer, flat)
+    pieces = dict(zip(flat, tokens_per_word(model.tokenizer, flat), strict=True)) if flat else {}
+    return neural_word_scores(
+        [[ids[text] for text in some] for some in texts],
+        [[pieces[text] for text in some] for some in texts],
+        score_forest=model.score_forest(model.runtime(runtime, "trie")),
+        max_tokens_per_forest=max_tokens,
+    )
+
+
+def interpolated_lm_scores(
+    neural: Sequence[Sequence[FloatArray]],
+    lists: Sequence[NBest],
+    ngram: NgramModel,
+    *,
+    weight: float,
+    lower_case: bool = False,
+) -> FloatArray:
+    """ln p of every hypothesis, lists in order, (num_hypotheses,): p = weight · p_neural + (1 - weight) · p_ngram, word by word.
+
+    An unknown word has both models' p(<unk>), as in the neural score alone.
+    """
+    words = ngram_features(lists, ngram, lower_case=lower_case).words
+    flat = [scores for some in neural for scores in some]
+    return np.array([interpolated_score(scores, words.of(number), weight) for number, scores in enumerate(flat)])
