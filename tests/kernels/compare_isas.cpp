@@ -105,7 +105,7 @@ template <class F> void compare(const std::string& what, F&& run) {
 }
 
 void matrices() {
-  const int64_t shapes[][2] = {{1, 1}, {3, 7}, {64, 32}, {67, 131}, {1100, 20}};
+  const int64_t shapes[][2] = {{1, 1}, {3, 7}, {64, 32}, {67, 131}, {1100, 20}, {65, 530}};
   for (int bits : {1, 2, 3, 4, 8, 16})
     for (int half_step = 0; half_step < 2; ++half_step)
       for (const auto& shape : shapes)

@@ -141,9 +141,9 @@ def test_random_shapes_and_specs(twin):
 
 
 @needs_library
-@pytest.mark.parametrize("width", ["1", "3", "4-half-step", "8"])
+@pytest.mark.parametrize("width", ["1", "2", "3", "4-half-step", "8"])
 def test_the_widest_rows_do_not_overflow(twin, width):
-    """Every code and every activation as large as can be: sums of 65,536 products."""
+    """Every code and every activation as large as can be: sums of 65,536 products, several rows at once and one."""
     cols = 65536
     t = twin(width, 2, cols)
     low, high = np.full(cols, -1.0, np.float32), np.full(cols, 1.0, np.float32)
@@ -151,13 +151,16 @@ def test_the_widest_rows_do_not_overflow(twin, width):
     x = x.astype(np.float32)
     for isa in cpu.isas():
         cpu.set_isa(isa)
-        assert same_bits(linear(t.matrix, x), t.int8_product(x)), isa
+        expected = t.int8_product(x)
+        assert same_bits(linear(t.matrix, x), expected), isa
+        assert all(same_bits(linear(t.matrix, x[i : i + 1]), expected[i : i + 1]) for i in range(len(x))), isa
     extreme = twin(width, 2, cols)
     extreme.matrix.packed[:] = 255 if width != "8" else 1  # all codes at the top (8 bits: at the bottom)
     answers = []
     for isa in cpu.isas():
         cpu.set_isa(isa)
         answers.append(linear(extreme.matrix, x))
+        answers.append(np.concatenate([linear(extreme.matrix, x[i : i + 1]) for i in range(len(x))]))
     layout = extreme.matrix.layout
     value = layout.mul * (2**layout.bits - 1) - layout.off if width != "8" else -127
     exact = np.float64(value) * cols * extreme.scale[:, 0]

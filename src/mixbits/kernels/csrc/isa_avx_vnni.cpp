@@ -12,8 +12,9 @@ namespace avx_vnni {
 constexpr const char* kName = "avx-vnni";
 #include "rows256.inl"
 struct Isa : Rows256 {
-  static constexpr bool kWide = true, kSigned8 = false;
+  static constexpr bool kWide = true, kSigned8 = false, kWords8 = false;
   static constexpr int kTileRows8 = 6;
+  static constexpr int vectors(int, int mr) { return mr == 1 ? 8 : mr == 2 ? 4 : 2; }
   static Vec dot(Vec acc, Vec code, Vec x) { return _mm256_dpbusd_avx_epi32(acc, code, x); }
   static Vec dot8(Vec acc, Vec code, Vec x) { return dot(acc, code, x); }
   static Vec dot16(Vec acc, Vec code, Vec x) { return dot(acc, code, x); }

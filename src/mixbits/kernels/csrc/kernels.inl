@@ -1,62 +1,13 @@
 // Kernels over a vector type `Isa`, included once per instruction set inside its own namespace.
 //
 // Integer sums are exact and floating-point work runs in a fixed order of 16 lanes without contraction, so that every instruction
-// set and every number of threads gives the same bits. `Isa` offers: Vec, kRows (rows of 4 columns in a vector), kWide
-// (dot adds into int32), kSigned8 (8-bit codes are read as signed), rows_of_vectors(mr), zero, load, store, broadcast4, set8,
-// and_, xor_, shift<n>, low_or_high, dot (wide), dot16 and widen (narrow), dot8.
+// set and every number of threads gives the same bits. `Isa` offers: Vec, kRows (rows of 4 columns in a vector), kFloats (floats of a
+// register), kWide (dot adds into int32), kSigned8 (8-bit codes are read as signed), kWords8 (8-bit codes are multiplied as 16-bit
+// words where there are several rows of activations), kTileRows8, vectors(bits, rows of activations), zero, load, store, broadcast4,
+// set8, and_, or_, xor_, shift_right, dot (wide), dot8, dot16, widen, add16 and shift_right_signed (narrow); words, even_bytes and
+// dot_words (kWords8).
 
-typedef float vf __attribute__((vector_size(64), aligned(4)));
-typedef int32_t vi __attribute__((vector_size(64), aligned(4)));
-constexpr int kLanes = 16;
-
-static inline vf load_f(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
-static inline void store_f(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-static inline vf splat(float x) { vf v; for (int i = 0; i < kLanes; ++i) v[i] = x; return v; }
-static inline vf load_part(const float* p, int64_t n, float fill) {
-  float t[kLanes];
-  for (int i = 0; i < kLanes; ++i) t[i] = i < n ? p[i] : fill;
-  return load_f(t);
-}
-static inline void store_part(float* p, int64_t n, vf v) {
-  float t[kLanes];
-  store_f(t, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = t[i];
-}
-static inline float total(vf v) {
-  float t[kLanes];
-  store_f(t, v);
-  for (int step = 8; step; step /= 2) for (int i = 0; i < step; ++i) t[i] += t[i + step];
-  return t[0];
-}
-static inline float largest(vf v) {
-  float t[kLanes];
-  store_f(t, v);
-  for (int step = 8; step; step /= 2) for (int i = 0; i < step; ++i) t[i] = t[i] > t[i + step] ? t[i] : t[i + step];
-  return t[0];
-}
-static inline vf max_f(vf a, vf b) { return a > b ? a : b; }
-
-// e^x for x in [-87, 88] (clamped), relative error below 2e-7: 2^n by the exponent bits, e^r by a polynomial. NaN stays NaN.
-static inline vf exp_f(vf x) {
-  x = x > splat(88.0f) ? splat(88.0f) : x;
-  x = x < splat(-87.0f) ? splat(-87.0f) : x;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, which then stands in the low bits
-  const vf t = x * 1.44269504f + magic, n = t - magic;
-  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  vf p = splat(1.3888889e-3f);
-  p = p * r + 8.3333333e-3f;
-  p = p * r + 4.1666667e-2f;
-  p = p * r + 1.6666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  vi bits;
-  std::memcpy(&bits, &t, sizeof bits);
-  bits = (bits - 0x4B400000 + 127) << 23;
-  vf power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
+#include "lanes.inl"
 
 // ---- activations to int8 ----
 
@@ -97,94 +48,10 @@ static void quantize(const float* x, const Cut& cut, int8_t* q, float* scale, in
   }
 }
 
-// ---- int8 products: sums of code * activation of 64 rows ----
+// ---- int8 products ----
 
-template <int BITS> static inline typename Isa::Vec codes_at(const uint8_t* w, int j) {
-  using V = typename Isa::Vec;
-  if constexpr (BITS == 3) {
-    const V low = Isa::and_(Isa::shift_right(Isa::load(w + (j / 4) * 256), 2 * (j % 4)), Isa::set8(3));
-    const V high = Isa::load(w + 512);
-    return Isa::or_(low, Isa::and_(j < 2 ? Isa::shift_left(high, 2 - j) : Isa::shift_right(high, j - 2), Isa::set8(4)));
-  } else if constexpr (BITS == 8) {
-    const V code = Isa::load(w);
-    return Isa::kSigned8 ? Isa::xor_(code, Isa::set8(-128)) : code;
-  } else {
-    const V byte = Isa::load(w);
-    return Isa::and_(j ? Isa::shift_right(byte, BITS * j) : byte, Isa::set8((1 << BITS) - 1));
-  }
-}
-
-// Chunks after which int16 sums of pairs of products (at most 2 * 127 * largest code each) have to be widened.
-template <int BITS> constexpr int narrow_chunks() { return BITS == 1 ? 16 : BITS == 2 ? 10 : BITS == 3 ? 2 : 4; }
-
-template <int BITS, int NV, int MR>
-static inline void tile(const uint8_t* w, const int8_t* a, int64_t lda, int64_t chunks, int32_t* out) {
-  using V = typename Isa::Vec;
-  constexpr int kSteps = chunk_cols(BITS) / 4, kBytes = chunk_bytes(BITS);
-  constexpr bool wide = Isa::kWide || BITS == 8;
-  V acc[MR][NV];
-  _Pragma("GCC unroll 8") for (int m = 0; m < MR; ++m) _Pragma("GCC unroll 8") for (int v = 0; v < NV; ++v) acc[m][v] = Isa::zero();
-  if constexpr (wide) {
-    for (int64_t c = 0; c < chunks; ++c, w += kBytes, a += 4 * kSteps) {
-      __builtin_prefetch(w + 2048);
-      _Pragma("GCC unroll 8") for (int j = 0; j < kSteps; ++j) {
-        V code[NV];
-        _Pragma("GCC unroll 8") for (int v = 0; v < NV; ++v) code[v] = codes_at<BITS>(w + v * Isa::kRows * 4, j);
-        _Pragma("GCC unroll 8") for (int m = 0; m < MR; ++m) {
-          const V x = Isa::broadcast4(a + m * lda + j * 4);
-          _Pragma("GCC unroll 8") for (int v = 0; v < NV; ++v)
-            acc[m][v] = BITS == 8 ? Isa::dot8(acc[m][v], code[v], x) : Isa::dot(acc[m][v], code[v], x);
-        }
-      }
-    }
-    _Pragma("GCC unroll 8") for (int m = 0; m < MR; ++m) _Pragma("GCC unroll 8") for (int v = 0; v < NV; ++v) Isa::store(out + m * kBlockRows + v * Isa::kRows, acc[m][v]);
-  } else {
-    bool first = true;
-    for (int64_t c = 0; c < chunks;) {
-      const int64_t stop = c + narrow_chunks<BITS>() < chunks ? c + narrow_chunks<BITS>() : chunks;
-      for (; c < stop; ++c, w += kBytes, a += 4 * kSteps) {
-        __builtin_prefetch(w + 2048);
-        _Pragma("GCC unroll 8") for (int j = 0; j < kSteps; ++j) {
-          V code[NV];
-          _Pragma("GCC unroll 8") for (int v = 0; v < NV; ++v) code[v] = codes_at<BITS>(w + v * Isa::kRows * 4, j);
-          _Pragma("GCC unroll 8") for (int m = 0; m < MR; ++m) {
-            const V x = Isa::broadcast4(a + m * lda + j * 4);
-            _Pragma("GCC unroll 8") for (int v = 0; v < NV; ++v) acc[m][v] = Isa::dot16(acc[m][v], code[v], x);
-          }
-        }
-      }
-      _Pragma("GCC unroll 8") for (int m = 0; m < MR; ++m) _Pragma("GCC unroll 8") for (int v = 0; v < NV; ++v) {
-        Isa::widen(out + m * kBlockRows + v * Isa::kRows, acc[m][v], first);
-        acc[m][v] = Isa::zero();
-      }
-      first = false;
-    }
-  }
-}
-
-template <int BITS, int MR>
-static void block(const mb_matrix& w, const Cut& cut, const uint8_t* packed, const float* scales, const Rows8& a, int64_t m, int64_t count, const float* bias, float* y, int64_t ldy) {
-  constexpr int NV = Isa::vectors(MR), kStep = NV * Isa::kRows;
-  const int64_t chunks = cut.padded / chunk_cols(BITS), lda = cut.width();
-  const int32_t mul = w.mul, off = BITS == 8 ? (Isa::kSigned8 ? 0 : 128) : w.off;
-  alignas(64) int32_t sums[MR][kBlockRows];
-  alignas(64) float acc[MR][kBlockRows];
-  for (int64_t g = 0; g < cut.num_groups; ++g, packed += chunks * chunk_bytes(BITS)) {
-    for (int n = 0; n < kBlockRows; n += kStep) tile<BITS, NV, MR>(packed + n * 4, a.q + m * lda + g * cut.padded, lda, chunks, &sums[0][n]);
-    const float* s = scales + g * kBlockRows;
-    for (int i = 0; i < MR; ++i) {
-      const int32_t shift = off * a.sums[(m + i) * cut.num_groups + g];
-      if (g == 0) for (int n = 0; n < kBlockRows; ++n) acc[i][n] = static_cast<float>(mul * sums[i][n] - shift) * s[n];
-      else for (int n = 0; n < kBlockRows; ++n) acc[i][n] += static_cast<float>(mul * sums[i][n] - shift) * s[n];
-    }
-  }
-  for (int i = 0; i < MR; ++i) {
-    const float scale = a.scale[m + i];
-    float* out = y + (m + i) * ldy;
-    if (bias) for (int64_t n = 0; n < count; ++n) out[n] = acc[i][n] * scale + bias[n];
-    else for (int64_t n = 0; n < count; ++n) out[n] = acc[i][n] * scale;
-  }
-}
+#define MB_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < n; ++i)
+#include "tiles.inl"
 
 template <int BITS>
 static void gemm_bits(const mb_matrix& w, const Rows8& a, int64_t m0, int64_t m1, int64_t b0, int64_t b1, const float* bias, float* y, int64_t ldy) {
@@ -246,29 +113,25 @@ static inline void chunk_values(const mb_matrix& w, const uint8_t* p, float* val
     }
     return;
   }
-  const int steps = chunk_cols(w.bits) / 4, mask = w.bits == 8 ? 255 : (1 << (w.bits == 3 ? 2 : w.bits)) - 1;
-  const int off = w.bits == 8 ? 128 : w.off;
-  for (int j = 0; j < steps; ++j) {
-    const uint8_t* low = w.bits == 3 ? p + (j / 4) * 256 : p;
-    const int shift = w.bits == 3 ? 2 * (j % 4) : w.bits * j;
+  const int steps = chunk_cols(w.bits) / 4, mask = (1 << w.bits) - 1, off = w.bits == 8 ? 128 : w.off;
+  for (int j = 0; j < steps; ++j)
     for (int r = 0; r < 4; ++r) {
       float* out = values + (j * 4 + r) * kBlockRows;
-      if (w.bits == 3) for (int n = 0; n < kBlockRows; ++n) out[n] = static_cast<float>(w.mul * (((low[n * 4 + r] >> shift) & 3) | (((p[512 + n * 4 + r] >> j) & 1) << 2)) - off);
-      else for (int n = 0; n < kBlockRows; ++n) out[n] = static_cast<float>(w.mul * ((low[n * 4 + r] >> shift) & mask) - off);
+      if (w.bits == 3) for (int n = 0; n < kBlockRows; ++n) out[n] = static_cast<float>(w.mul * code_of_three(p, n * 4 + r, j) - off);
+      else for (int n = 0; n < kBlockRows; ++n) out[n] = static_cast<float>(w.mul * ((p[n * 4 + r] >> (w.bits * j)) & mask) - off);
     }
-  }
 }
 
 template <int MR>
 static inline void float_tile(const float* values, int64_t count, const float* x, int64_t ldx, float (*acc)[kBlockRows]) {
   for (int n = 0; n < kBlockRows; n += kLanes) {
     vf sum[MR];
-    _Pragma("GCC unroll 8") for (int i = 0; i < MR; ++i) sum[i] = load_f(&acc[i][n]);
+    MB_EACH(i, MR) sum[i] = load_f(&acc[i][n]);
     for (int64_t k = 0; k < count; ++k) {
       const vf v = load_f(values + k * kBlockRows + n);
-      _Pragma("GCC unroll 8") for (int i = 0; i < MR; ++i) sum[i] += v * splat(x[i * ldx + k]);
+      MB_EACH(i, MR) sum[i] += v * splat(x[i * ldx + k]);
     }
-    _Pragma("GCC unroll 8") for (int i = 0; i < MR; ++i) store_f(&acc[i][n], sum[i]);
+    MB_EACH(i, MR) store_f(&acc[i][n], sum[i]);
   }
 }
 
@@ -328,7 +191,7 @@ static void weight_row(const mb_matrix& w, int64_t row, float* out) {
         } else {
           const int j = k / 4, at = static_cast<int>(n) * 4 + k % 4;
           int code;
-          if (w.bits == 3) code = ((p[(j / 4) * 256 + at] >> (2 * (j % 4))) & 3) | (((p[512 + at] >> j) & 1) << 2);
+          if (w.bits == 3) code = code_of_three(p, at, j);
           else if (w.bits == 8) code = p[at];
           else code = (p[at] >> (w.bits * j)) & ((1 << w.bits) - 1);
           value = static_cast<float>(w.mul * code - off) * s;
@@ -364,16 +227,16 @@ static void rms_norm(const float* x, const float* gain, float eps, int64_t n, fl
 
 // erf by Abramowitz and Stegun 7.1.26, absolute error below 2e-7
 static inline vf erf_f(vf x) {
-  const vf a = x < splat(0) ? -x : x;
+  const vf a = if_less(x, splat(0), -x, x);
   const vf t = 1.0f / (1.0f + 0.3275911f * a);
   const vf p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
   const vf e = 1.0f - p * exp_f(-(a * a));
-  return x < splat(0) ? -e : e;
+  return if_less(x, splat(0), -e, e);
 }
 
 static inline vf activation(int kind, vf x) {
   switch (kind) {
-    case MB_RELU: return x < splat(0) ? splat(0) : x;
+    case MB_RELU: return if_less(x, splat(0), splat(0), x);
     case MB_GELU: return 0.5f * x * (1.0f + erf_f(x * 0.70710678f));
     case MB_GELU_TANH: return x / (1.0f + exp_f(-1.5957691216f * (x + 0.044715f * x * x * x)));
     default: return x / (1.0f + exp_f(-x));
@@ -399,17 +262,26 @@ static inline float dot_f(const float* a, const float* b, int64_t n) {
 
 static void attend(const float* q, const float* k, const float* v, int64_t ld, const int32_t* context, int64_t count, int64_t head_dim, float scale, float* scratch, float* out) {
   float most = -std::numeric_limits<float>::infinity();
-  for (int64_t j = 0; j < count; ++j) {
-    const float s = dot_f(q, k + context[j] * ld, head_dim) * scale;
-    scratch[j] = s;
-    most = s > most ? s : most;
+  int64_t first = 0;
+  for (; first + 4 <= count && head_dim % kLanes == 0; first += 4) {  // four sums over lanes at once, each in the order of dot_f
+    const float* row[4];
+    vf sum[4];
+    MB_EACH(r, 4) row[r] = k + context[first + r] * ld, sum[r] = splat(0);
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      const vf x = load_f(q + d);
+      MB_EACH(r, 4) sum[r] += x * load_f(row[r] + d);
+    }
+    const Quad s = totals(sum[0], sum[1], sum[2], sum[3]) * scale;
+    std::memcpy(scratch + first, &s, sizeof s);
   }
+  for (; first < count; ++first) scratch[first] = dot_f(q, k + context[first] * ld, head_dim) * scale;
+  for (int64_t j = 0; j < count; ++j) most = scratch[j] > most ? scratch[j] : most;
   const int64_t padded = ceil_div(count, kLanes) * kLanes;
   for (int64_t j = count; j < padded; ++j) scratch[j] = -1e30f;
   vf sum = splat(0);
   for (int64_t j = 0; j < padded; j += kLanes) {
     vf e = exp_f(load_f(scratch + j) - most);
-    if (j + kLanes > count) for (int i = 0; i < kLanes; ++i) e[i] = j + i < count ? e[i] : 0.0f;
+    if (j + kLanes > count) e = first_lanes(e, count - j);
     sum += e;
     store_f(scratch + j, e);
   }
@@ -420,9 +292,9 @@ static void attend(const float* q, const float* k, const float* v, int64_t ld, c
     for (int64_t j = 0; j < count; ++j) {
       const float* row = v + context[j] * ld + d;
       const vf p = splat(scratch[j]);
-      _Pragma("GCC unroll 4") for (int i = 0; i < 4; ++i) acc[i] += p * load_f(row + i * kLanes);
+      MB_EACH(i, 4) acc[i] += p * load_f(row + i * kLanes);
     }
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; ++i) store_f(out + d + i * kLanes, acc[i] * inverse);
+    MB_EACH(i, 4) store_f(out + d + i * kLanes, acc[i] * inverse);
   }
   for (; d < head_dim; d += kLanes) {
     const int64_t n = head_dim - d < kLanes ? head_dim - d : kLanes;
@@ -433,25 +305,30 @@ static void attend(const float* q, const float* k, const float* v, int64_t ld, c
 }
 
 static void log_sum(const float* logits, int64_t n, float* maximum, float* sum) {
-  vf most = splat(-std::numeric_limits<float>::infinity());
+  constexpr float kLeast = -std::numeric_limits<float>::infinity();
+  vf most = splat(kLeast), zero = splat(0);  // zero: NaN as soon as a logit is not finite
   int64_t i = 0;
-  bool bad = false;
-  for (; i + kLanes <= n; i += kLanes) most = max_f(load_f(logits + i), most);
-  if (i < n) most = max_f(load_part(logits + i, n - i, -std::numeric_limits<float>::infinity()), most);
-  for (int64_t j = 0; j < n; ++j) bad |= !(logits[j] - logits[j] == 0.0f);
+  for (; i + kLanes <= n; i += kLanes) {
+    const vf x = load_f(logits + i);
+    most = max_f(x, most);
+    zero += x - x;
+  }
+  if (i < n) {
+    most = max_f(load_part(logits + i, n - i, kLeast), most);
+    const vf x = load_part(logits + i, n - i, 0.0f);
+    zero += x - x;
+  }
   const float here = largest(most), top = here > *maximum ? here : *maximum;
   vf acc = splat(0);
   for (i = 0; i + kLanes <= n; i += kLanes) acc += exp_f(load_f(logits + i) - top);
-  if (i < n) {
-    vf e = exp_f(load_part(logits + i, n - i, top) - top);
-    for (int64_t j = n - i; j < kLanes; ++j) e[j] = 0.0f;
-    acc += e;
-  }
+  if (i < n) acc += first_lanes(exp_f(load_part(logits + i, n - i, top) - top), n - i);
   *sum = *sum * std::exp(*maximum - top) + total(acc);
   *maximum = top;
-  if (bad) *sum = std::numeric_limits<float>::quiet_NaN();
+  if (total(zero) != 0.0f) *sum = std::numeric_limits<float>::quiet_NaN();
 }
 
 static const Kernels kTable = {
     kName, quantize, gemm_int8, gemm_float, weight_row, layer_norm, rms_norm, activate, multiply, add, attend, log_sum,
 };
+
+#undef MB_EACH

@@ -11,9 +11,14 @@ constexpr int kBlockRows = 64;
 constexpr int kMaxTileRows = 6;      // activation rows of one tile
 constexpr int64_t kMaxCols = 65536;  // int32 sums of 8-bit products cannot overflow below 66,000
 
-// Columns of a chunk: 4 columns for each position a code can have in a byte (3 bits: two 2-bit planes and one of high bits).
+// Columns of a chunk: 4 columns for each position a code can have in a byte (3 bits: 8 positions in 3 bytes, see code_of_three).
 constexpr int chunk_cols(int bits) { return bits == 3 ? 32 : bits == 16 ? 1 : 32 / bits; }
 constexpr int chunk_bytes(int bits) { return bits == 3 ? 768 : bits == 16 ? 128 : 256; }
+// 3 bits: three planes of 256 bytes; position j < 6 is the lower or upper three bits of six of plane j / 2, positions 6 and 7 have two
+// bits at the top of plane 0 and 1, and their highest as bit 6 and 7 of plane 2.
+static inline int code_of_three(const uint8_t* chunk, int at, int j) {
+  return j < 6 ? chunk[j / 2 * 256 + at] >> (3 * (j % 2)) & 7 : chunk[(j - 6) * 256 + at] >> 6 | (chunk[512 + at] >> (j - 2) & 4);
+}
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a row of columns is cut: num_groups groups of `size` columns, each padded to `padded`. Rows with one scale are padded to 32

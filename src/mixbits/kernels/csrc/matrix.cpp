@@ -181,8 +181,10 @@ int32_t mb_repack(const uint8_t* codes, int64_t num_bytes, int64_t rows, int64_t
           if ((bit & 7) + bits > 8) word |= static_cast<unsigned>(codes[(bit >> 3) + 1]) << 8;
           code = word >> (bit & 7) & ((1u << bits) - 1);
         }
-        if (bits == 3) {
-          chunk[(j / 4) * 256 + at] |= static_cast<uint8_t>((code & 3) << (2 * (j % 4)));
+        if (bits == 3 && j < 6) {
+          chunk[j / 2 * 256 + at] |= static_cast<uint8_t>(code << (3 * (j % 2)));
+        } else if (bits == 3) {
+          chunk[(j - 6) * 256 + at] |= static_cast<uint8_t>((code & 3) << 6);
           chunk[512 + at] |= static_cast<uint8_t>((code >> 2) << j);
         } else if (bits == 8) {
           chunk[at] = static_cast<uint8_t>(code + 1);

@@ -1,8 +1,9 @@
 // A small pool of threads for short jobs.
 //
 // A job is a number of chunks; whoever is awake takes the next one, the caller included, so that a helper that lost its core delays at
-// most the chunk it holds. Helpers spin for some tens of microseconds after a job (a decode step is a row of short ones), then sleep.
-// A function that throws does not stop the job; the caller gets std::bad_alloc after it.
+// most the chunk it holds. Helpers stay awake for some microseconds after a job (a decode step is a row of short ones), then sleep; so
+// does a caller that waits for the last chunks. Where helpers cost more than they save, because other processes use the cores, the caller
+// works alone for a while. A function that throws does not stop the job; the caller gets std::bad_alloc after it.
 #pragma once
 #include <cstdint>
 #include <type_traits>
