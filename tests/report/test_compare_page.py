@@ -165,10 +165,15 @@ def test_sentences_claim_what_the_record_says(record: dict) -> None:
     assert "significantly worse" in worse
     assert "not shown to be within the margin" in worse
     record["tests"] = record["tests"][:1]
-    record["tests"][0].update(outcome="no significant difference", p_holm=0.3, within_margin=None)
+    record["tests"][0].update(outcome="no significant difference", p_holm=0.3, within_margin=None, delta_wer_upper=0.2)
     (text,) = sentences(record)
-    assert "no significant difference (p = 0.3000), which is no proof of equality: the loss is at most" in text
+    assert (
+        "no significant difference (p = 0.3000), which is no proof of equality: the loss is at most +0.20 points (95 % bound)."
+        in text
+    )
     assert "Holm" not in text
+    record["tests"][0]["delta_wer_upper"] = -0.02
+    assert "the 95 % bound of this pair alone, −0.02 points, allows no loss." in sentences(record)[0]
     record["tests"][0].update(outcome="same output", p_holm=None)
     assert sentences(record)[0].endswith("the same output in every utterance.")
     record["tests"][0].update(outcome="same errors")

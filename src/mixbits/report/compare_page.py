@@ -77,14 +77,21 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         if test["outcome"] in ("better", "worse"):
             text += f"significantly {test['outcome']} ({p})."
         elif test["outcome"] == "same errors":
-            text += f"the outputs differ, the errors of no segment do. The loss is at most {number(test['delta_wer_upper'], sign=True)} points ({level} bound)."
+            text += f"the outputs differ, the errors of no segment do; {_bound(test, level)}."
         else:
-            text += f"no significant difference ({p}), which is no proof of equality: the loss is at most {number(test['delta_wer_upper'], sign=True)} points ({level} bound)."
+            text += f"no significant difference ({p}), which is no proof of equality: {_bound(test, level)}."
         if test["within_margin"] is not None:
             word = "is within" if test["within_margin"] else "is not shown to be within"
             text += f" It {word} the margin of {number(record['settings']['margin'])} points."
         found.append(text)
     return found
+
+
+def _bound(test: Mapping[str, Any], level: str) -> str:
+    upper = number(test["delta_wer_upper"], sign=True)
+    if test["delta_wer_upper"] < 0:
+        return f"the {level} bound of this pair alone, {upper} points, allows no loss"
+    return f"the loss is at most {upper} points ({level} bound)"
 
 
 def p_words(p: float | None) -> str:
