@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from mixbits.asr.formats.kaldi_lattice import KaldiKind, read_kaldi_lattices, read_word_symbols, write_kaldi_lattices
-from mixbits.asr.formats.slf import read_slf, write_slf
+from mixbits.asr.formats.slf import read_slf
+from mixbits.asr.formats.slf_write import write_slf
 from mixbits.asr.lattice import PathWeights
 from mixbits.asr.lattice_paths import best_path, count_paths, nbest_paths
-from mixbits.asr.wer import count_errors
+from mixbits.asr.wer import ErrorCounts, count_errors
 
 pytestmark = pytest.mark.skipif(
     "MIXBITS_DATA" not in os.environ, reason="MIXBITS_DATA is not set: real lattices not checked"
@@ -35,7 +36,8 @@ def test_one_best_makes_exactly_kaldis_errors_at_every_weight(system: str, tmp_p
     assert len(table) == 11
     for weight, errors, words in table:
         hypotheses = [best_path(lattice, PathWeights(acoustic_scale=1 / int(weight))).text for lattice in lattices]
-        counts = count_errors([references[lattice.utterance] for lattice in lattices], hypotheses)
+        pairs = zip((references[lattice.utterance] for lattice in lattices), hypotheses, strict=True)
+        counts = sum((count_errors(*pair) for pair in pairs), ErrorCounts())
         assert (weight, counts.num_errors, counts.num_words) == (weight, int(errors), int(words))
     again = tmp_path / "lat.gz"
     for kind in (KaldiKind(), KaldiKind(binary=False)):

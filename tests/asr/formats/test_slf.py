@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixbits.asr.formats.slf import read_slf, write_slf
+from mixbits.asr.formats.slf import read_slf
+from mixbits.asr.formats.slf_write import write_slf
 from mixbits.asr.lattice import Lattice, PathWeights
 from mixbits.asr.lattice_paths import best_path, nbest_paths
 from mixbits.errors import DataError, FormatError

@@ -14,7 +14,8 @@ from typing import Literal
 from mixbits.asr.formats.bytesource import open_source
 from mixbits.asr.formats.kaldi_binary import MAGIC
 from mixbits.asr.formats.kaldi_lattice import KaldiKind, WordSymbols, read_kaldi_stream, write_kaldi_lattices
-from mixbits.asr.formats.slf import read_slf, write_slf
+from mixbits.asr.formats.slf import read_slf
+from mixbits.asr.formats.slf_write import write_slf
 from mixbits.asr.lattice import Lattice
 from mixbits.errors import DataError, FormatError
 
@@ -96,10 +97,11 @@ def write_like(
     *,
     symbols: WordSymbols | None = None,
     dead_ends: Literal["error", "drop"] = "error",
+    check: Callable[[], None] | None = None,
 ) -> int:
     """Read, change and write lattices one at a time, to files of the same format: a file for a file, a folder for a folder.
 
-    ``output`` appears when all is done. Returns the number of lattices.
+    ``output`` appears when all is done and ``check``, called then, raises nothing. Returns the number of lattices.
 
     Raises:
         DataError: a folder is asked for where something is already. FormatError, DataError: as reader and writer.
@@ -107,13 +109,15 @@ def write_like(
     output = Path(output)
     if not files.is_folder:
         (file,) = files.files
-        return _write_file(files, file, output, change, symbols, dead_ends)
+        return _write_file(files, file, output, change, symbols, dead_ends, check)
     if output.exists():
         raise DataError(f"{output}: is there already; choose the name of a new folder")
     part = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     part.mkdir(parents=True)
     try:
         number = sum(_write_file(files, file, part / file.name, change, symbols, dead_ends) for file in files.files)
+        if check is not None:
+            check()
         part.rename(output)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -128,14 +132,22 @@ def _write_file(
     change: Callable[[Lattice], Lattice],
     symbols: WordSymbols | None,
     dead_ends: Literal["error", "drop"],
+    check: Callable[[], None] | None = None,
 ) -> int:
     lattices = read_lattices(LatticeFiles(file, (file,), files.format, False), symbols=symbols, dead_ends=dead_ends)
     first = next(lattices)
-    if files.format == "slf":
-        write_slf(to, change(first[1]))
-        return 1
-    changed = (change(lattice) for _, lattice, _ in chain([first], lattices))
-    return write_kaldi_lattices(to, changed, kind=first[2], symbols=symbols)
+
+    def changed() -> Iterator[Lattice]:
+        for _, lattice, _ in chain([first], lattices):
+            yield change(lattice)
+        if check is not None:
+            check()
+
+    if files.format == "kaldi":
+        return write_kaldi_lattices(to, changed(), kind=first[2], symbols=symbols)
+    (lattice,) = changed()
+    write_slf(to, lattice)
+    return 1
 
 
 def _kaldi(
