@@ -111,6 +111,16 @@ def test_all_outcomes() -> None:
     assert outcome(right, other) == ("worse", "sign test")
 
 
+def test_few_utterances_and_segments_are_said(systems: list[System]) -> None:
+    few = [replace(system, lists=system.lists[:8]) for system in systems[:2]]
+    warning = compare_systems(match_systems(few))["tests"][0]["warning"]
+    assert "segments (below 50" in warning
+    assert "only 8 utterances to draw from" in warning
+    many = [replace(system, lists=tuple(replace(e, speaker=None) for e in system.lists)) for system in systems[:2]]
+    found = compare_systems(match_systems(many))["tests"][0]
+    assert (found["bootstrap_blocked"], found["warning"]) == (False, None)
+
+
 def test_margin_and_pairs(systems: list[System]) -> None:
     matched = match_systems(systems)
     pairs = [("both", "backwards"), ("backwards", "both")]

@@ -35,6 +35,7 @@ from mixbits.pipeline.weight_curve import weight_curves
 from mixbits.runs import versions
 
 FORMAT, FORMAT_VERSION = "mixbits-comparison", 1
+FEW_UTTERANCES = 50
 Outcome = Literal["better", "worse", "no significant difference", "same errors", "same output"]
 
 
@@ -157,7 +158,7 @@ def _test(a: str, b: str, pair: PairComparison, p_holm: float, alpha: float, mar
         "segment_sd": test.sd,
         "z": test.z,
         "segment_errors": [test.errors_a, test.errors_b],
-        "warning": test.warning,
+        "warning": _warning(pair),
         "delta_wer": drawn.delta,
         "delta_wer_interval": list(drawn.delta_interval),
         "delta_wer_stderr": drawn.delta_stderr,
@@ -172,6 +173,14 @@ def _test(a: str, b: str, pair: PairComparison, p_holm: float, alpha: float, mar
         "bootstrap_draws": drawn.num_draws,
         "changed": asdict(pair.changes),
     }
+
+
+def _warning(pair: PairComparison) -> str | None:
+    """Where approximations stand on little: few segments for the test, few utterances for the bootstrap."""
+    drawn = pair.bootstrap
+    few = not drawn.blocked and drawn.num_blocks < FEW_UTTERANCES
+    drawn_text = f"only {drawn.num_blocks} utterances to draw from (intervals and bounds are rough)" if few else None
+    return "; ".join(text for text in (pair.mapsswe.warning, drawn_text) if text) or None
 
 
 def _outcome(pair: PairComparison, p_holm: float, alpha: float) -> Outcome:
