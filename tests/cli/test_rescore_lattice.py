@@ -139,6 +139,17 @@ def test_damaged_archives_leave_nothing_behind(
     assert not (kaldi / "x.trn").exists()
 
 
+def test_an_utterance_in_two_files_of_a_folder(
+    tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    for name in ("lat.1", "lat.2"):
+        write_kaldi_lattices(folder / name, [sausage("u1")], kind=KaldiKind(binary=False))
+    assert run(folder, "-m", tiny_world / "full", "-o", tmp_path / "out") == 2
+    assert "'u1' is in two files" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_formats_are_told_apart_by_content(kaldi: Path, tmp_path: Path) -> None:
     write_kaldi_lattices(tmp_path / "text", [sausage("u1")], kind=KaldiKind(binary=False))
     write_slf(tmp_path / "slf.gz", sausage("u1"))

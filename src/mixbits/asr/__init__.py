@@ -9,6 +9,8 @@ What there is, one module a subject (import from the module):
 * ``wer``: ``count_errors``, ``error_table``, ``one_best_errors``, ``oracle_errors`` → :class:`ErrorCounts`.
 * ``significance``: ``mapsswe``; ``bootstrap``: ``paired_bootstrap``, ``bootstrap_blocks``.
 * ``trie``: :class:`TokenForest`, ``build_forest``, ``plan_forests``: what a scorer gets.
+* ``lattice``, ``lattice_paths``: :class:`Lattice`, ``best_path``, ``nbest_paths``, ``prune``; ``formats.lattice_files``: ``find_lattices``,
+  ``read_lattices``; ``lattice_rescore``: ``rescore_lattice`` with a :class:`Certificate` of its error.
 * ``rescore``: ``lm_features`` (slow, calls the scorer) and ``apply_weights`` (fast), or ``rescore`` for both.
 * ``features``: what hypotheses are ranked by, and the signs; ``tune``: ``tune_on_lists``, ``tune_weights`` (exact line
   search in ``linesearch``); ``weights``: :class:`Weights`, ``load_weights``, ``check_no_overlap``.

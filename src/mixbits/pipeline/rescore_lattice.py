@@ -19,7 +19,7 @@ from mixbits.asr.formats.lattice_files import LatticeFiles, find_lattices, read_
 from mixbits.asr.lattice import Lattice, PathWeights
 from mixbits.asr.lattice_rescore import Certificate, LatticeSettings, RescoredLattice, rescore_lattice
 from mixbits.asr.nbest import Hypothesis, NBest
-from mixbits.errors import SpecError
+from mixbits.errors import DataError, SpecError
 from mixbits.pipeline.lm_scores import Runtime, SpeechModel, check_vocabulary, encode_texts, unknown_words
 
 _ENOUGH_WORDS = 200
@@ -173,10 +173,14 @@ class _Worker:
         self.report.runtime = runtime
         self._score_forest = speech.score_forest(runtime)
         self._words: set[str] = set()
+        self._seen: set[str] = set()
         self._is_checked = False
 
     def rescore(self, lattice: Lattice) -> Lattice:
-        """The lattice with new scores; best path, list and certificate are kept."""
+        """The lattice with new scores; best path, list and certificate are kept. Raises DataError: an id that was there before."""
+        if lattice.utterance in self._seen:
+            raise DataError(f"utterance {lattice.utterance[:80]!r} is in two files; utterance ids must be unique")
+        self._seen.add(lattice.utterance)
         self._words.update(
             label for label, is_word in zip(lattice.labels, lattice.label_is_word, strict=True) if is_word
         )

@@ -16,7 +16,7 @@ from mixbits.errors import DataError, FormatError
 
 DeadEnds = Literal["error", "drop"]
 EPSILON = "<eps>"
-MAX_LATTICE_BYTES = 512 << 20
+MAX_LATTICE_BYTES = 128 << 20
 """Unpacked bytes of one lattice; more is refused, so that a small damaged or hostile file cannot fill the memory."""
 MAX_ID = 2**31 - 1
 
