@@ -25,7 +25,7 @@ from mixbits.errors import DataError, FormatError
 
 def _table(rng: np.random.Generator, num_lists: int, longest: int = 8) -> FeatureTable:
     offsets = np.concatenate([[0], np.cumsum(rng.integers(1, longest + 1, size=num_lists))])
-    values = rng.normal(size=(int(offsets[-1]), len(FEATURES))) * [5, 3, 4, 2, 1]
+    values = rng.normal(size=(int(offsets[-1]), len(FEATURES))) * [5, 3, 4, 2, 1, 2]
     return FeatureTable(values, offsets)
 
 
@@ -94,7 +94,7 @@ def test_best_rows_takes_the_first_of_equals() -> None:
 def test_planted_weights_are_found(seed: int) -> None:
     rng = np.random.default_rng(seed)
     table = _table(rng, 300)
-    planted = np.array([1.0, 0.4, 0.8, -1.5, -3.0])
+    planted = np.array([1.0, 0.4, 0.8, -1.5, -3.0, 0.6])
     errors = np.ones(len(table.values), dtype=np.int64)
     errors[table.best_rows(planted)] = 0
     result = tune_weights(table, errors, seed=seed)
@@ -111,9 +111,9 @@ def test_one_weight_reaches_the_grid_minimum() -> None:
     errors = rng.integers(0, 6, size=len(table.values))
     fixed = tuple(name for name in SCALES if name != "neural_lm_scale")
     result = tune_weights(table, errors, fixed=fixed)
-    grid = [errors[table.best_rows([1, 0, scale, 0, 0])].sum() for scale in np.linspace(0, 20, 20_001)]
+    grid = [errors[table.best_rows([1, 0, scale, 0, 0, 0])].sum() for scale in np.linspace(0, 20, 20_001)]
     assert result.num_errors <= min(grid)
-    assert result.weights.as_array()[[0, 1, 3, 4]].tolist() == [1, 0, 0, 0]
+    assert result.weights.as_array()[[0, 1, 3, 4, 5]].tolist() == [1, 0, 0, 0, 0]
 
 
 def test_never_worse_than_the_start_and_lm_scales_not_negative() -> None:
@@ -140,7 +140,7 @@ def test_useless_features_keep_their_weight() -> None:
 
 def test_single_list_and_single_hypothesis() -> None:
     result = tune_on_lists([NBest("u", (Hypothesis("", -1.0),), "a")])
-    assert result.weights.as_array().tolist() == [1, 0, 0, 0, 0]
+    assert result.weights.as_array().tolist() == [1, 0, 0, 0, 0, 0]
 
 
 def test_tuning_refuses() -> None:
@@ -159,8 +159,8 @@ def test_features_and_missing_lm_scores() -> None:
         NBest("u1", (Hypothesis("a b", -1.0, -3.0), Hypothesis("", -2.0, -4.0))),
         NBest("u2", (Hypothesis("a", -5.0, -6.0),)),
     ]
-    table = feature_table(lists, neural_lm_score=[-7, -8, -9], num_unknown=[1, 0, 0])
-    assert table.values.tolist() == [[-1, -3, -7, 2, 1], [-2, -4, -8, 0, 0], [-5, -6, -9, 1, 0]]
+    table = feature_table(lists, neural_lm_score=[-7, -8, -9], num_unknown=[1, 0, 0], ngram_score=[-1, -4, -2])
+    assert table.values.tolist() == [[-1, -3, -7, 2, 1, -1], [-2, -4, -8, 0, 0, -4], [-5, -6, -9, 1, 0, -2]]
     assert has_lm_score(lists)
     with pytest.raises(DataError, match="'u3', hypothesis 2 has no lm_score"):
         feature_table([*lists, NBest("u3", (Hypothesis("a", -1.0, -1.0), Hypothesis("b", -1.0)))])
@@ -175,7 +175,7 @@ def test_features_and_missing_lm_scores() -> None:
 
 
 def test_weights_round_trip_and_overlap(tmp_path: Path) -> None:
-    weights = Weights(1.0, 0.25, 0.5, -0.1, 0.1 + 0.2, "m", "d", 3, 10, 100, ("u1", "é"))
+    weights = Weights(1.0, 0.25, 0.5, -0.1, 0.1 + 0.2, 0.7, "m", "d", 3, 10, 100, ("u1", "é"))
     weights.save(tmp_path / "w.json")
     assert load_weights(tmp_path / "w.json") == weights
     other = [NBest("u7", (Hypothesis("a", -1.0),))]

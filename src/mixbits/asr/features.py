@@ -6,7 +6,8 @@ total_score = Σ weight · feature, over the columns of :data:`FEATURES`:
 * ``lm_score`` × first_pass_lm_scale: the recognizer's own LM score, where the list has one,
 * ``neural_lm_score`` × neural_lm_scale: natural-log probability by the rescoring LM, sentence end included,
 * ``num_words`` × word_insertion_penalty: *added* per word, so a positive value favours longer hypotheses,
-* ``num_unknown`` × unknown_word_penalty: added per word that is outside the LM's vocabulary.
+* ``num_unknown`` × unknown_word_penalty: added per word that is outside the LM's vocabulary,
+* ``ngram_score`` × ngram_scale: natural-log probability by an n-gram model of one's own, sentence end included.
 
 A column that the lists do not have is all zeros.
 """
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from mixbits.asr.nbest import NBest, list_offsets
 from mixbits.errors import DataError
 
-FEATURES = ("acoustic_score", "lm_score", "neural_lm_score", "num_words", "num_unknown")
+FEATURES = ("acoustic_score", "lm_score", "neural_lm_score", "num_words", "num_unknown", "ngram_score")
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -73,12 +74,16 @@ class FeatureTable:
 
 
 def feature_table(
-    lists: Sequence[NBest], *, neural_lm_score: npt.ArrayLike | None = None, num_unknown: npt.ArrayLike | None = None
+    lists: Sequence[NBest],
+    *,
+    neural_lm_score: npt.ArrayLike | None = None,
+    num_unknown: npt.ArrayLike | None = None,
+    ngram_score: npt.ArrayLike | None = None,
 ) -> FeatureTable:
     """Collect the features of all hypotheses.
 
     Args:
-        neural_lm_score, num_unknown: one number a hypothesis, lists in order, shape (num_hypotheses,); None is zero.
+        neural_lm_score, num_unknown, ngram_score: one number a hypothesis, lists in order, shape (num_hypotheses,); None is zero.
 
     Raises:
         DataError: no lists; ``lm_score`` present in only some hypotheses (the first without is named); wrong shapes.
@@ -90,7 +95,7 @@ def feature_table(
     values[:, 0] = [hypothesis.acoustic_score for hypothesis in hypotheses]
     if has_lm_score(lists):
         values[:, 1] = [hypothesis.lm_score for hypothesis in hypotheses]
-    for column, given in ((2, neural_lm_score), (4, num_unknown)):
+    for column, given in ((2, neural_lm_score), (4, num_unknown), (5, ngram_score)):
         if given is not None:
             array = np.asarray(given, dtype=np.float64)
             if array.shape != (len(hypotheses),):

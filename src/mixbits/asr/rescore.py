@@ -46,6 +46,7 @@ class LmFeatures:
 
     ``num_tokens`` counts scored tokens (sentence ends included), ``num_nodes`` what was computed for them in all, contexts and the
     overlap of windows included; ``num_windows`` hypotheses were longer than the model takes and scored by sliding window.
+    ``ngram_score``: an n-gram model's, where it has a weight of its own.
     """
 
     neural_lm_score: npt.NDArray[np.float64]
@@ -54,6 +55,7 @@ class LmFeatures:
     num_nodes: int
     seconds: float
     num_windows: int = 0
+    ngram_score: npt.NDArray[np.float64] | None = None
 
     @property
     def shared(self) -> float:
@@ -70,6 +72,7 @@ class LmFeatures:
             neural_lm_score=self.neural_lm_score[rows],
             num_unknown=self.num_unknown[rows],
             num_tokens=self.num_tokens[rows],
+            ngram_score=None if self.ngram_score is None else self.ngram_score[rows],
         )
 
 
@@ -148,7 +151,9 @@ def features_of(lists: Sequence[NBest], lm: LmFeatures | None) -> FeatureTable:
     """The feature table of lists with their LM scores (None: first-pass features only)."""
     if lm is None:
         return feature_table(lists)
-    return feature_table(lists, neural_lm_score=lm.neural_lm_score, num_unknown=lm.num_unknown)
+    return feature_table(
+        lists, neural_lm_score=lm.neural_lm_score, num_unknown=lm.num_unknown, ngram_score=lm.ngram_score
+    )
 
 
 def apply_weights(
@@ -166,6 +171,8 @@ def apply_weights(
         raise DataError("the weights use a first-pass lm_score, which these lists do not have; tune without it")
     if weights.neural_lm_scale != 0 and lm is None:
         raise DataError("the weights use a language model's score, and none was computed; give the model")
+    if weights.ngram_scale != 0 and (lm is None or lm.ngram_score is None):
+        raise DataError("the weights use an n-gram model's score, and none was computed; give the n-gram model")
     table = features_of(lists, lm)
     total = table.total_scores(weights.as_array())
     rescored, picks = [], []
@@ -177,6 +184,8 @@ def apply_weights(
             extra = {**entry.hypotheses[rank].extra, "total_score": float(total[row])}
             if lm is not None:
                 extra["neural_lm_score"] = float(lm.neural_lm_score[row])
+                if lm.ngram_score is not None:
+                    extra["ngram_score"] = float(lm.ngram_score[row])
             hypotheses.append(replace(entry.hypotheses[rank], extra=extra))
         rescored.append(replace(entry, hypotheses=tuple(hypotheses)))
         picks.append(int(order[0]))

@@ -22,7 +22,7 @@ from mixbits.asr.weights import SCALES, Weights
 from mixbits.asr.wer import error_table
 from mixbits.errors import DataError
 
-NONNEGATIVE = ("lm_score", "neural_lm_score")
+NONNEGATIVE = ("lm_score", "neural_lm_score", "ngram_score")
 _MAX_SWEEPS = 30
 
 
@@ -160,6 +160,7 @@ def tune_on_lists(
     *,
     neural_lm_score: npt.ArrayLike | None = None,
     num_unknown: npt.ArrayLike | None = None,
+    ngram_score: npt.ArrayLike | None = None,
     model_hash: str | None = None,
     data_hash: str | None = None,
     fixed: Sequence[str] = (),
@@ -171,7 +172,7 @@ def tune_on_lists(
         DataError: a reference is missing, ``lm_score`` is given for some hypotheses only, shapes differ.
     """
     table = error_table(lists)
-    features = feature_table(lists, neural_lm_score=neural_lm_score, num_unknown=num_unknown)
+    features = feature_table(lists, neural_lm_score=neural_lm_score, num_unknown=num_unknown, ngram_score=ngram_score)
     result = tune_weights(features, table.errors, fixed=fixed, seed=seed)
     weights = replace(
         result.weights,

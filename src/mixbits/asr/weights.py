@@ -33,6 +33,7 @@ class Weights:
     neural_lm_scale: float = 0.0
     word_insertion_penalty: float = 0.0
     unknown_word_penalty: float = 0.0
+    ngram_scale: float = 0.0
     model_hash: str | None = None
     data_hash: str | None = None
     seed: int | None = None
@@ -57,7 +58,10 @@ class Weights:
             file.write(json.dumps(record, ensure_ascii=False, indent=1).encode("utf-8") + b"\n")
 
 
-SCALES = ("acoustic_scale", "first_pass_lm_scale", "neural_lm_scale", "word_insertion_penalty", "unknown_word_penalty")
+SCALES = (
+    "acoustic_scale", "first_pass_lm_scale", "neural_lm_scale", "word_insertion_penalty", "unknown_word_penalty", "ngram_scale",
+)  # fmt: skip
+_LATER = {"ngram_scale"}  # files written before there was one do not have it
 _OPTIONAL_TYPES: dict[str, type] = {
     "model_hash": str,
     "data_hash": str,
@@ -87,7 +91,7 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
     if version != FORMAT_VERSION:
         raise FormatError(f"{name}: format version {version!r}; this mixbits reads version {FORMAT_VERSION}")
     unknown = sorted(set(record) - {field.name for field in fields(Weights)})
-    missing = sorted(set(SCALES) - set(record))
+    missing = sorted(set(SCALES) - _LATER - set(record))
     if unknown or missing:
         raise FormatError(f"{name}: unknown fields {unknown}, missing fields {missing}")
     for field_name, value in record.items():

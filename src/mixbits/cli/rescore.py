@@ -42,6 +42,9 @@ def main(
     word_insertion_penalty: Annotated[
         float | None, typer.Option(help="By hand: added per word; a positive one favours long hypotheses.")
     ] = None,
+    ngram_scale: Annotated[
+        float | None, typer.Option(help="By hand: weight of --ngram's log-probability (log-linear).")
+    ] = None,
     reference_model: Annotated[
         Path | None, typer.Option(help="Compare with this model, e.g. the full-precision one.")
     ] = None,
@@ -78,6 +81,12 @@ def main(
     merge_order: Annotated[
         int | None, typer.Option(min=1, help="Faster, not exact: histories equal in so many last tokens share a state.")
     ] = None,
+    ngram: Annotated[Path | None, typer.Option(help="An n-gram model beside it, an ARPA file.")] = None,
+    ngram_mode: Annotated[
+        Literal["interpolate", "log-linear"],
+        typer.Option(help="Mix the probabilities word by word, or give the n-gram's score a weight of its own."),
+    ] = "interpolate",
+    ngram_weight: Annotated[float, typer.Option(min=0, max=1, help="interpolate: the n-gram model's share.")] = 0.5,
     long_hypotheses: Annotated[
         Literal["refuse", "window"],
         typer.Option(help="Hypotheses longer than the model takes: an error that names them, or a sliding window."),
@@ -97,7 +106,7 @@ def main(
     The rows: first pass (the file's order), first pass tuned (no language model; with --dev), oracle (the best
     hypothesis of each list), the reference model, the model. p: MAPSSWE, two-sided.
     """
-    by_hand = (lm_scale, first_pass_lm_scale, word_insertion_penalty)
+    by_hand = (lm_scale, first_pass_lm_scale, word_insertion_penalty, ngram_scale)
     given = _given_weights(weights, dev, cross_validate, *by_hand)
     outputs = {"--output": output, "--save-weights": save_weights, "--json": json, "--report": report}
     check_outputs(outputs, {"LIST": nbest})
@@ -105,6 +114,7 @@ def main(
     _check_format(nbest, output, output_format)
 
     from mixbits.asr.formats.registry import write_rescored
+    from mixbits.asr.kenlm_model import load_ngram
     from mixbits.pipeline.rescore import MODEL, ScoreSettings, rescore_list
     from mixbits.runs import write_json
 
@@ -121,6 +131,9 @@ def main(
         num_unknown_types=unknown_types,
         history=history,
         max_history_tokens=history_tokens,
+        ngram=None if ngram is None else load_ngram(ngram),
+        ngram_mode=ngram_mode,
+        ngram_weight=ngram_weight,
     )
     result = rescore_list(
         nbest, model, weights=given, dev=dev, num_folds=cross_validate, reference_model=reference_model, settings=settings,
@@ -134,7 +147,7 @@ def main(
         result.weights[MODEL].save(save_weights)
         written.append(save_weights)
     if json is not None:
-        sources = {"list": nbest, "dev": dev, "model": model, "reference": reference_model}
+        sources = {"list": nbest, "dev": dev, "model": model, "reference": reference_model, "ngram": ngram}
         write_json(json, _record(result, {k: str(v) for k, v in sources.items() if v is not None}, settings, seed))
         written.append(json)
     if report is not None:
@@ -173,6 +186,7 @@ def _given_weights(
     lm_scale: float | None,
     first_pass_lm_scale: float | None,
     word_insertion_penalty: float | None,
+    ngram_scale: float | None,
 ) -> Weights | None:
     """Weights from a file or by hand; None when they are to be tuned. Raises SpecError unless there is exactly one source."""
     from mixbits.asr.weights import Weights, load_weights
@@ -182,6 +196,7 @@ def _given_weights(
         "--lm-scale": lm_scale,
         "--first-pass-lm-scale": first_pass_lm_scale,
         "--word-insertion-penalty": word_insertion_penalty,
+        "--ngram-scale": ngram_scale,
     }
     used = [name for name, value in hand.items() if value is not None]
     lists = (("--dev", dev), ("--weights", path), ("--cross-validate", cross_validate))
@@ -201,6 +216,7 @@ def _given_weights(
         first_pass_lm_scale=first_pass_lm_scale or 0.0,
         neural_lm_scale=lm_scale,
         word_insertion_penalty=word_insertion_penalty or 0.0,
+        ngram_scale=ngram_scale or 0.0,
     )
 
 
@@ -245,6 +261,8 @@ def _record(result: RescoredList, sources: dict[str, str], settings: ScoreSettin
             "history": settings.history,
             "max_history_tokens": settings.max_history_tokens if settings.history != "none" else None,
             "merge_order": settings.merge_order,
+            "ngram_mode": None if settings.ngram is None else settings.ngram_mode,
+            "ngram_weight": settings.ngram_weight if settings.ngram and settings.ngram_mode == "interpolate" else None,
         },
         "merging": result.merging,
         "notes": list(result.notes),
@@ -282,10 +300,12 @@ def _print(result: RescoredList, model: Path, reference_model: Path | None) -> N
         console.print(table)
         console.print(f"Verdict: {result.entries['model']['significance']}", soft_wrap=True)
     for name, weights in result.weights.items():
+        ngram = f", n-gram {weights.ngram_scale:.4g}" if weights.ngram_scale else ""
         scales = f"acoustic {weights.acoustic_scale:g}, first-pass LM {weights.first_pass_lm_scale:.4g}, "
         scales += f"language model {weights.neural_lm_scale:.4g}, per word {weights.word_insertion_penalty:+.4g}, "
         console.print(
-            f"Weights, {labels[name]}: {scales}per unknown word {weights.unknown_word_penalty:+.4g}", soft_wrap=True
+            f"Weights, {labels[name]}: {scales}per unknown word {weights.unknown_word_penalty:+.4g}{ngram}",
+            soft_wrap=True,
         )
     lm = result.lm
     console.print(

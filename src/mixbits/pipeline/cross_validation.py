@@ -88,4 +88,6 @@ def cross_validate(
 def _tune(lists: Sequence[NBest], lm: LmFeatures | None, *, seed: int) -> Weights:
     if lm is None:
         return tune_on_lists(lists, seed=seed).weights
-    return tune_on_lists(lists, neural_lm_score=lm.neural_lm_score, num_unknown=lm.num_unknown, seed=seed).weights
+    return tune_on_lists(
+        lists, neural_lm_score=lm.neural_lm_score, num_unknown=lm.num_unknown, ngram_score=lm.ngram_score, seed=seed
+    ).weights

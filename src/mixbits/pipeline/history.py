@@ -106,6 +106,7 @@ def _joined(lists: Sequence[NBest], parts: Sequence[tuple[list[int], LmFeatures]
     rows = np.concatenate([np.full(size, number) for number, size in zip(order, sizes, strict=True)])
     back = np.argsort(rows, kind="stable")
     found = [lm for _, lm in parts]
+    ngram = [lm.ngram_score for lm in found if lm.ngram_score is not None]
     return LmFeatures(
         neural_lm_score=np.concatenate([lm.neural_lm_score for lm in found])[back],
         num_unknown=np.concatenate([lm.num_unknown for lm in found])[back],
@@ -113,4 +114,5 @@ def _joined(lists: Sequence[NBest], parts: Sequence[tuple[list[int], LmFeatures]
         num_nodes=sum(lm.num_nodes for lm in found),
         seconds=sum(lm.seconds for lm in found),
         num_windows=sum(lm.num_windows for lm in found),
+        ngram_score=np.concatenate(ngram)[back] if len(ngram) == len(found) else None,
     )

@@ -11,6 +11,8 @@ import numpy as np
 
 from mixbits.asr.formats.jsonl import NBestFile
 from mixbits.asr.nbest import NBest, reference_texts
+from mixbits.asr.ngram import NgramModel
+from mixbits.asr.ngram_features import ngram_features
 from mixbits.asr.rescore import DEFAULT_MAX_TOKENS, LmFeatures, apply_weights
 from mixbits.asr.score_plan import LongHypotheses
 from mixbits.asr.tune import tune_on_lists
@@ -26,6 +28,9 @@ from mixbits.pipeline.lm_scores import (
     neural_features,
 )
 from mixbits.pipeline.unknown import UnknownPolicy, check_unknown_policy
+from mixbits.pipeline.word_scores import interpolated_features
+
+NgramMode = Literal["interpolate", "log-linear"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,9 @@ class ScoreSettings:
     """How language models score lists; see :func:`mixbits.pipeline.lm_scores.neural_features`.
 
     ``interpolate``: "equal" puts the mean of the model's and the list's own LM score (natural logs, unscaled) in the place of
-    both, with one weight; "tuned" gives each a weight of its own. ``history``: see :mod:`mixbits.pipeline.history`.
+    both, with one weight; "tuned" gives each a weight of its own. ``history``: see :mod:`mixbits.pipeline.history`. ``ngram``: a model of one's
+    own, "interpolate": its probability and the neural one's are mixed word by word, ``ngram_weight`` being its share; "log-linear":
+    its score has a weight of its own.
     """
 
     lower_case: bool = False
@@ -49,6 +56,9 @@ class ScoreSettings:
     num_unknown_types: int | None = None
     history: History = "none"
     max_history_tokens: int = DEFAULT_HISTORY_TOKENS
+    ngram: NgramModel | None = None
+    ngram_mode: NgramMode = "interpolate"
+    ngram_weight: float = 0.5
 
     def __post_init__(self) -> None:
         check_unknown_policy(self.unknown_policy, self.num_unknown_types)
@@ -58,9 +68,23 @@ class ScoreSettings:
             raise SpecError("merged histories and earlier utterances exclude each other; leave one of the two out")
         if self.history == "rescored" and self.interpolate == "equal":
             raise SpecError("history 'rescored' needs a weight for each score; use interpolate 'tuned'")
+        if not 0 <= self.ngram_weight <= 1:
+            raise SpecError(f"the n-gram model's share is {self.ngram_weight}; expected 0 to 1")
+        if self.ngram is not None and self.ngram_mode == "interpolate":
+            plain = (self.history, self.merge_order, self.long_hypotheses, self.unknown_policy, self.scoring)
+            if plain != ("none", None, "refuse", "penalty", "trie"):
+                raise SpecError(
+                    "words are interpolated with an n-gram model by exact tries only, without history, merged histories, sliding windows or "
+                    "policies for unknown words; use the log-linear mode for these"
+                )
 
     def score(self, model: SpeechModel, lists: Sequence[NBest], *, weights: Weights | None = None) -> LmFeatures:
         """LM scores of all hypotheses; ``weights`` choose the earlier texts where history is "rescored"."""
+        if self.ngram is not None and self.ngram_mode == "interpolate":
+            return interpolated_features(
+                model, lists, self.ngram, weight=1 - self.ngram_weight, lower_case=self.lower_case,
+                max_tokens=self.max_tokens, runtime=self.runtime,
+            )  # fmt: skip
         if self.history == "none":
             return self._score(model, lists)
         check_words(model.tokenizer, lists, lower_case=self.lower_case)
@@ -75,12 +99,15 @@ class ScoreSettings:
     def _score(
         self, model: SpeechModel, lists: Sequence[NBest], *, earlier: Sequence[Sequence[str]] | None = None
     ) -> LmFeatures:
-        return neural_features(
+        lm = neural_features(
             model, lists, lower_case=self.lower_case, max_tokens=self.max_tokens, scoring=self.scoring,
             runtime=self.runtime, merge_order=self.merge_order, long_hypotheses=self.long_hypotheses,
             unknown_policy=self.unknown_policy, num_unknown_types=self.num_unknown_types, earlier=earlier,
             max_history_tokens=self.max_history_tokens, cache=self.cache, progress=self.show_progress,
         )  # fmt: skip
+        if self.ngram is None:
+            return lm
+        return replace(lm, ngram_score=ngram_features(lists, self.ngram, lower_case=self.lower_case).ngram_score)
 
     def apart(
         self, model: SpeechModel, lists: Sequence[NBest], *, weights: Weights | None = None
@@ -115,6 +142,7 @@ def tune_system(model: SpeechModel | None, dev: NBestFile, *, settings: ScoreSet
         lists,
         neural_lm_score=lm.neural_lm_score,
         num_unknown=lm.num_unknown,
+        ngram_score=lm.ngram_score,
         model_hash=model.model_hash,
         data_hash=dev.data_hash,
         seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy.typing as npt
 from mixbits.asr.nbest import NBest
 from mixbits.asr.ngram import NgramModel
 from mixbits.asr.ngram_features import interpolated_score, neural_word_scores, ngram_features
-from mixbits.asr.rescore import DEFAULT_MAX_TOKENS
+from mixbits.asr.rescore import DEFAULT_MAX_TOKENS, LmFeatures
+from mixbits.asr.trie import plan_forests
 from mixbits.lm.words import tokens_per_word
 from mixbits.pipeline.lm_scores import Runtime, SpeechModel, check_vocabulary, encode_texts, unknown_words
 
@@ -46,6 +48,33 @@ def neural_word_log_probs(
         [[pieces[text] for text in some] for some in texts],
         score_forest=model.score_forest(model.runtime(runtime, "trie")),
         max_tokens_per_forest=max_tokens,
+    )
+
+
+def interpolated_features(
+    model: SpeechModel,
+    lists: Sequence[NBest],
+    ngram: NgramModel,
+    *,
+    weight: float,
+    lower_case: bool = False,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    runtime: Runtime = "auto",
+) -> LmFeatures:
+    """LM scores interpolated with an n-gram model word by word (:func:`interpolated_lm_scores`), with the counts of the neural model's work."""
+    started = time.perf_counter()
+    neural = neural_word_log_probs(model, lists, lower_case=lower_case, max_tokens=max_tokens, runtime=runtime)
+    scores = interpolated_lm_scores(neural, lists, ngram, weight=weight, lower_case=lower_case)
+    texts = [h.text.lower() if lower_case else h.text for entry in lists for h in entry.hypotheses]
+    unknown, ids = unknown_words(model.tokenizer, texts), encode_texts(model.tokenizer, texts)
+    sizes, place = [len(entry.hypotheses) for entry in lists], iter(texts)
+    trees = [[ids[next(place)] for _ in range(size)] for size in sizes]
+    return LmFeatures(
+        neural_lm_score=scores,
+        num_unknown=np.array([sum(word in unknown for word in text.split()) for text in texts], dtype=np.int64),
+        num_tokens=np.array([len(ids[text]) - 1 for text in texts], dtype=np.int64),
+        num_nodes=sum(f.num_nodes - f.num_trees for f, _ in plan_forests(trees, max_tokens=max_tokens)),
+        seconds=time.perf_counter() - started,
     )
 
 
