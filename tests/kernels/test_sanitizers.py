@@ -89,3 +89,14 @@ def test_threads_do_not_race(tmp_path):
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-mavx2", "-ffp-contract=off", "-w"]
     run(["g++", *flags, f"-I{SOURCES}", *sorted(SOURCES.glob("*.cpp")), PROGRAM, "-o", tmp_path / "compare", "-lpthread"])  # fmt: skip
     assert "comparisons" in run([tmp_path / "compare", 3])
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_jobs_of_the_pool(tmp_path, sanitizer):
+    """Also on a single core, where helpers have to give way."""
+    flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}"]
+    run(["g++", *flags, SOURCES / "pool.cpp", PROGRAM.with_name("pool_jobs.cpp"), "-o", tmp_path / "jobs", "-lpthread"])
+    assert run([tmp_path / "jobs", 6000]) == "6000 jobs\n"
+    core = str(min(os.sched_getaffinity(0)))
+    if shutil.which("taskset"):
+        assert run(["taskset", "-c", core, tmp_path / "jobs", 2000]) == "2000 jobs\n"
