@@ -13,6 +13,7 @@ README = Path(__file__).parent.parent / "README.md"
 SMALL = {
     "train": "--layers 1 --hidden 128 --feed-forward 512 --heads 2 --context 16 --epochs 2",
     "compress": "--epochs 1 --probes 3",
+    "ngram": "--discount-fallback",
 }
 NAMES = ["the cat", "a dog", "the old man", "my sister", "the teacher"]
 VERBS = ["sees", "likes", "follows", "hears", "finds"]
@@ -52,7 +53,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_commands_and_python_of_the_readme(folder: Path) -> None:
     lines = [line.split("#")[0] for block in _blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("mixbits ")]
-    assert [c[1] for c in commands] == ["train", "compress", "inspect", "verify", "evaluate", "certify", "rescore"]
+    known = "train compress inspect verify evaluate certify ngram rescore compare"
+    assert [c[1] for c in commands] == known.split()
     for command in commands:
         arguments = [*command[1:], *shlex.split(SMALL.get(command[1], ""))]
         allowed = (0, 1) if command[1] == "certify" else (0,)  # 1: after one epoch it need not be lossless
