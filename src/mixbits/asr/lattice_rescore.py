@@ -10,7 +10,8 @@ last n − 1 words share a state (``merge_order`` n), and the best-scoring histo
    one trie, so the LM scores all arcs in one pass of prefix-trie scoring, one model position a distinct prefix.
 4. With the new scores other histories may be best: those not yet scored are scored, until nothing changes (or ``max_rounds``). Then
    the representatives are what a search from left to right would choose, and the best path's score is exact.
-5. Certificate: the best distinct hypotheses of the new lattice are scored exactly, alone, and compared.
+5. Certificate: the best distinct hypotheses of the new lattice are scored exactly, alone, and compared; where several paths have the same
+   words, that of the path which the new lattice prefers.
 
 The new LM score of a path is old_lm_scale · old + interpolate · model. Source of the merging: Liu et al., "Two efficient lattice rescoring methods using
 recurrent neural network language models", 2016 (n-gram based history clustering); the rounds of batched scoring are ours.

@@ -41,7 +41,12 @@ def model_card(
         "",
     ]
     lines += ['model = AutoModelForCausalLM.from_pretrained("this-directory")', "```", ""]
-    lines += ['or `mixbits.load("this-directory")`. Without mixbits, loading raises an error.', "", "## Bits", ""]
+    lines += [
+        'or `mixbits.load("this-directory")`, which reads archived weights (`.gz`) too. Without mixbits, loading raises an error.',
+        "",
+        "## Bits",
+        "",
+    ]
     lines += ["| spec | units |", "| --- | --- |"]
     lines += [f"| {spec} | {count} |" for spec, count in sorted(units_per_spec.items())]
     lines += ["", "| unit | spec | outputs x inputs | tied with |", "| --- | --- | --- | --- |"]

@@ -21,7 +21,8 @@ import numpy as np
 
 from mixbits.asr.analysis import count_changes
 from mixbits.asr.bootstrap import bootstrap_blocks
-from mixbits.asr.formats.jsonl import NBestFile, read_nbest
+from mixbits.asr.formats.nbestfile import NBestFile
+from mixbits.asr.formats.registry import read_any
 from mixbits.asr.nbest import one_best_texts, reference_texts
 from mixbits.asr.rescore import apply_weights
 from mixbits.asr.weights import Weights, check_no_overlap
@@ -143,12 +144,12 @@ def _read_lists(dev: str | Path | None, lists: Sequence[str | Path]) -> tuple[NB
         )
     if dev is None:
         return None, {}
-    dev_file = read_nbest(dev)
+    dev_file = read_any(dev)
     reference_texts(dev_file)
     tuned_on = Weights(dev_utterances=tuple(entry.utterance for entry in dev_file))
     files: dict[str, NBestFile] = {}
     for path in lists:
-        file = read_nbest(path)
+        file = read_any(path)
         reference_texts(file)
         check_no_overlap(tuned_on, file)
         if any(file.data_hash == other.data_hash for other in files.values()):

@@ -37,10 +37,10 @@ WHITE = "".join(chr(code) for code in range(0x110000) if chr(code).isspace())
 finite = st.floats(allow_nan=False, allow_infinity=False)
 any_text = st.text(max_size=8)
 line_text = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\t\ufeff\u2581"), max_size=12
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0\n\r\t\ufeff\u2581"), max_size=12
 ) | st.sampled_from(["", "null", "n/a", 'a "b" c', '"', " two  spaces ", "a<eos>", "é ß 字", "-1.5", "NaN", "{", "\\"])
 key_text = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters=WHITE + "\ufeff"), min_size=1, max_size=6
+    st.characters(exclude_categories=["Cs"], exclude_characters=WHITE + "\0\ufeff"), min_size=1, max_size=6
 )
 json_values = st.one_of(finite, line_text, st.booleans(), st.none(), st.lists(st.integers(), max_size=2))
 extras = st.dictionaries(st.sampled_from(["tokens", "score é", "rank", "token"]), json_values, max_size=2)
