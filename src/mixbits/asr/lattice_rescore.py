@@ -168,7 +168,7 @@ def rescore_lattice(
         following = _representatives(LatticeSearch(new, settings.weights), scorer)
         is_settled, histories = following == histories, following
     checked = _check(new, split, scorer, settings)
-    best = max(checked, key=lambda one: one.exact_total_score)
+    ranked = sorted(checked, key=lambda one: -round(one.exact_total_score, 9))  # equals keep the lattice's order
     certificate = Certificate(
         is_exact=is_exact,
         num_paths=num_paths,
@@ -180,9 +180,8 @@ def rescore_lattice(
         rounds=rounds,
         is_settled=is_settled,
         gaps=tuple(one.gap for one in checked),
-        best_changed=best.path.words != checked[0].path.words,
+        best_changed=ranked[0].path.words != checked[0].path.words,
     )
-    ranked = sorted(checked, key=lambda one: -one.exact_total_score)
     return RescoredLattice(new, tuple(ranked), certificate)
 
 
