@@ -257,7 +257,7 @@ def rescore_list(
 
 
 def weight_values(weights: Weights) -> dict[str, float]:
-    """The five multipliers by name."""
+    """The multipliers by name."""
     return {name: float(getattr(weights, name)) for name in SCALES}
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from mixbits.asr.formats.lines import MAX_LINE_BYTES, open_unpacked
-from mixbits.asr.formats.strictjson import DECODER, json_error, refuse_surrogates
+from mixbits.asr.formats.strictjson import DECODER, dump_json, json_error, refuse_surrogates
+from mixbits.asr.nbest import NBest
 from mixbits.errors import DataError, FormatError
 
 _CHUNK = 1 << 18
@@ -138,3 +139,11 @@ class _Text:
         self.at = 0
         self.ended = not chunk
         return not self.ended
+
+
+def write_members(file: IO[bytes], lists: Sequence[NBest], record: Callable[[NBest], Any]) -> None:
+    """Write the lists as members of a JSON object, ``utterance: record``, a line each. Raises DataError: a field that JSON cannot hold."""
+    for position, entry in enumerate(lists):
+        key = dump_json(entry.utterance, what="an utterance id")
+        value = dump_json(record(entry), what=f"utterance {entry.utterance!r}")
+        file.write((b",\n" if position else b"\n") + key + b": " + value)

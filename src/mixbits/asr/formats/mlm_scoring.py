@@ -11,11 +11,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from mixbits.asr.formats.jsonobject import members
+from mixbits.asr.formats.jsonobject import members, write_members
 from mixbits.asr.formats.lines import new_digest, packed_file
 from mixbits.asr.formats.nbestfile import NBestFile
 from mixbits.asr.formats.problems import DuplicateError, MissingError, Report, stop
-from mixbits.asr.formats.strictjson import dump_json, other_fields, required, score_field, string_field
+from mixbits.asr.formats.strictjson import other_fields, required, score_field, string_field
 from mixbits.asr.nbest import HYPOTHESIS_FIELDS, NBEST_FIELDS, Hypothesis, NBest, check_unique_utterances
 from mixbits.errors import DataError, FormatError, MixbitsError
 
@@ -91,10 +91,7 @@ def write(path: str | os.PathLike[str], lists: Sequence[NBest]) -> None:
     check(lists)
     with packed_file(path) as file:
         file.write(b"{")
-        for position, entry in enumerate(lists):
-            key = dump_json(entry.utterance, what="an utterance id")
-            value = dump_json(_record(entry), what=f"utterance {entry.utterance!r}")
-            file.write((b",\n" if position else b"\n") + key + b": " + value)
+        write_members(file, lists, _record)
         file.write(b"\n}\n")
 
 
