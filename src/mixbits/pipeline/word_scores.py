@@ -38,10 +38,34 @@ def neural_word_log_probs(
     """
     if not isinstance(model, SpeechModel):
         model = SpeechModel(model)
-    texts = [[h.text.lower() if lower_case else h.text for h in entry.hypotheses] for entry in lists]
+    texts = _texts(lists, lower_case)
+    ids, _ = _encoded(model, texts, lower_case)
+    return _word_log_probs(model, texts, ids, max_tokens=max_tokens, runtime=runtime)
+
+
+def _texts(lists: Sequence[NBest], lower_case: bool) -> list[list[str]]:
+    return [[h.text.lower() if lower_case else h.text for h in entry.hypotheses] for entry in lists]
+
+
+def _encoded(
+    model: SpeechModel, texts: Sequence[Sequence[str]], lower_case: bool
+) -> tuple[dict[str, list[int]], frozenset[str]]:
+    """Ids of each distinct text, and the unknown words. Raises DataError: most words are unknown."""
     flat = list(dict.fromkeys(text for some in texts for text in some))
-    check_vocabulary(model.tokenizer, flat, unknown_words(model.tokenizer, flat), lower_case=lower_case)
-    ids = encode_texts(model.tokenizer, flat)
+    unknown = unknown_words(model.tokenizer, flat)
+    check_vocabulary(model.tokenizer, flat, unknown, lower_case=lower_case)
+    return encode_texts(model.tokenizer, flat), unknown
+
+
+def _word_log_probs(
+    model: SpeechModel,
+    texts: Sequence[Sequence[str]],
+    ids: dict[str, list[int]],
+    *,
+    max_tokens: int,
+    runtime: Runtime,
+) -> list[list[FloatArray]]:
+    flat = list(ids)
     pieces = dict(zip(flat, tokens_per_word(model.tokenizer, flat), strict=True)) if flat else {}
     return neural_word_scores(
         [[ids[text] for text in some] for some in texts],
@@ -63,16 +87,16 @@ def interpolated_features(
 ) -> LmFeatures:
     """LM scores interpolated with an n-gram model word by word (:func:`interpolated_lm_scores`), with the counts of the neural model's work."""
     started = time.perf_counter()
-    neural = neural_word_log_probs(model, lists, lower_case=lower_case, max_tokens=max_tokens, runtime=runtime)
+    texts = _texts(lists, lower_case)
+    ids, unknown = _encoded(model, texts, lower_case)
+    neural = _word_log_probs(model, texts, ids, max_tokens=max_tokens, runtime=runtime)
     scores = interpolated_lm_scores(neural, lists, ngram, weight=weight, lower_case=lower_case)
-    texts = [h.text.lower() if lower_case else h.text for entry in lists for h in entry.hypotheses]
-    unknown, ids = unknown_words(model.tokenizer, texts), encode_texts(model.tokenizer, texts)
-    sizes, place = [len(entry.hypotheses) for entry in lists], iter(texts)
-    trees = [[ids[next(place)] for _ in range(size)] for size in sizes]
+    trees = [[ids[text] for text in some] for some in texts]
+    flat = [text for some in texts for text in some]
     return LmFeatures(
         neural_lm_score=scores,
-        num_unknown=np.array([sum(word in unknown for word in text.split()) for text in texts], dtype=np.int64),
-        num_tokens=np.array([len(ids[text]) - 1 for text in texts], dtype=np.int64),
+        num_unknown=np.array([sum(word in unknown for word in text.split()) for text in flat], dtype=np.int64),
+        num_tokens=np.array([len(ids[text]) - 1 for text in flat], dtype=np.int64),
         num_nodes=sum(f.num_nodes - f.num_trees for f, _ in plan_forests(trees, max_tokens=max_tokens)),
         seconds=time.perf_counter() - started,
     )
