@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from mixbits.asr.formats.arpa import read_arpa
 from mixbits.asr.formats.jsonl import read_nbest
 from mixbits.asr.formats.kaldi_lattice import KaldiKind, WordSymbols, read_kaldi_lattices, write_kaldi_lattices
 from mixbits.asr.formats.lattice_files import detect_lattice, find_lattices
 from mixbits.asr.formats.slf import read_slf
 from mixbits.asr.formats.slf_write import write_slf
 from mixbits.asr.lattice import Lattice, PathWeights, make_lattice
-from mixbits.asr.lattice_paths import best_path
+from mixbits.asr.lattice_paths import best_path, nbest_paths
 from mixbits.cli.main import main
 
 WORDS = ("the", "cat", "dog", "sees", "likes", "a", "mouse")
@@ -155,3 +156,38 @@ def test_formats_are_told_apart_by_content(kaldi: Path, tmp_path: Path) -> None:
     write_slf(tmp_path / "slf.gz", sausage("u1"))
     found = {name: detect_lattice(tmp_path / name) for name in ("lat.gz", "text", "slf.gz", "words.txt")}
     assert found == {"lat.gz": "kaldi", "text": "kaldi", "slf.gz": "slf", "words.txt": None}
+
+
+def test_the_model_that_made_the_lattices_is_taken_out(
+    tiny_world: Path, kaldi: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, arpa = kaldi / "lm.txt", kaldi / "lm.arpa"
+    text.write_text("the cat sees a mouse\nthe dog likes a mouse\nthe cat likes a dog\n")
+    assert main(["ngram", str(text), "-o", str(arpa), "--order", "2", "--discount-fallback"]) == 0
+    output = kaldi / "new.gz"
+    common = [
+        kaldi / "lat.gz", "-m", tiny_world / "full", "-o", output, "--words", kaldi / "words.txt", "--acoustic-scale", 0.1, "--beam", 100,
+        "--old-lm", arpa, "--interpolate", 0.5, "--nbest", 4, "--nbest-output", kaldi / "lists.jsonl",
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert run(*common, "--merge-order", 1) == 2
+    assert "merge_order is 1, but old_lm is a 2-gram model" in capsys.readouterr().err
+    assert run(*common, "--old-lm-scale", 1) == 2
+    assert "both old_lm and old_lm_scale are given" in capsys.readouterr().err
+    assert not output.exists()
+    assert run(*common) == 0, capsys.readouterr().err
+    model = read_arpa(arpa)
+    old = {
+        (name, path.words): path.lm_score
+        for name, swap in (("u1", False), ("u2", True))
+        for path in nbest_paths(sausage(name, swap=swap), 4)
+    }
+    lists = read_nbest(kaldi / "lists.jsonl").lists
+    assert len(lists) == 2
+    for entry in lists:
+        assert len(entry.hypotheses) == 4
+        for one in entry.hypotheses:
+            words = tuple(one.text.split())
+            ngram = float(model.score([words]).sentence_scores()[0])
+            expected = old[entry.utterance, words] + 0.5 * (one.extra["neural_lm_score"] - ngram)
+            assert one.lm_score == pytest.approx(expected, abs=1e-4)

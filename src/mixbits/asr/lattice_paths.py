@@ -241,7 +241,7 @@ def _distinct_paths(search: LatticeSearch, floor: float) -> Iterator[LatticePath
                     heapq.heappush(waiting, (level[dst[arc]], dst[arc]))
         if whole is not None:
             heapq.heappush(heap, (-whole[0], next(number), (whole[1],)))
-        for group in following.values():
+        for _, group in sorted(following.items()):  # in an order that does not depend on the arcs left out
             push(group)
 
 

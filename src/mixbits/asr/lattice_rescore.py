@@ -13,7 +13,8 @@ last n − 1 words share a state (``merge_order`` n), and the best-scoring histo
 5. Certificate: the best distinct hypotheses of the new lattice are scored exactly, alone, and compared; where several paths have the same
    words, that of the path which the new lattice prefers.
 
-The new LM score of a path is old_lm_scale · old + interpolate · model. Source of the merging: Liu et al., "Two efficient lattice rescoring methods using
+The new LM score of a path is old_lm_scale · old + interpolate · model; where the n-gram model that is in the old scores is given (``old_lm``),
+old + interpolate · (model − n-gram), so that what else is in them (Kaldi: transitions, pronunciations) stays. Source of the merging: Liu et al., "Two efficient lattice rescoring methods using
 recurrent neural network language models", 2016 (n-gram based history clustering); the rounds of batched scoring are ours.
 """
 
@@ -27,7 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbits.asr.lattice import FloatArray, IntArray, Lattice, PathWeights, make_lattice
+from mixbits.asr.lattice_ngram import ngram_scores
 from mixbits.asr.lattice_paths import LatticePath, LatticeSearch, count_paths, prune
+from mixbits.asr.ngram import NgramModel
 from mixbits.asr.trie import TokenForest, plan_forests
 from mixbits.errors import DataError, SpecError
 
@@ -42,7 +45,8 @@ class LatticeSettings:
     """How to rescore.
 
     ``weights``: what paths are ranked by, before and after. ``interpolate``: weight of the model's score; ``old_lm_scale``: of the old LM
-    score (default: 1 − interpolate; 1 for lattices whose old LM was taken out). ``merge_order``: histories equal in the last n − 1 words
+    score (default: 1 − interpolate; 1 for lattices whose old LM was taken out). ``old_lm``: the n-gram model in the old scores, in the place of
+    ``old_lm_scale``; ``merge_order`` must be 0 or at least its order. ``merge_order``: histories equal in the last n − 1 words
     share a state; 0 never merges. ``beam``: prune before, in units of the total score. ``max_paths``: up to so many paths are all scored
     exactly. ``max_arcs``: bound on the split lattice; the beam is made narrower where it is passed. ``num_checked``: hypotheses in
     the certificate. ``max_tokens``: model positions at once.
@@ -51,6 +55,7 @@ class LatticeSettings:
     weights: PathWeights
     interpolate: float = 1.0
     old_lm_scale: float | None = None
+    old_lm: NgramModel | None = None
     merge_order: int = 4
     beam: float = math.inf
     max_paths: int = 500
@@ -69,10 +74,22 @@ class LatticeSettings:
                 raise SpecError(f"{name} is {getattr(self, name)}; expected at least {bound}")
         if not self.beam >= 0:
             raise SpecError(f"beam is {self.beam}; expected a number not below 0")
+        if self.old_lm is not None:
+            if self.old_lm_scale is not None:
+                raise SpecError(
+                    "both old_lm and old_lm_scale are given; with old_lm the rest of the old score has weight 1"
+                )
+            if 0 < self.merge_order < self.old_lm.order:
+                raise SpecError(
+                    f"merge_order is {self.merge_order}, but old_lm is a {self.old_lm.order}-gram model; expected a merge_order of at least "
+                    f"{self.old_lm.order}, or 0"
+                )
 
     @property
     def old_scale(self) -> float:
-        """Weight of the old LM score."""
+        """Weight of the old LM score; with ``old_lm``, of what is left of it."""
+        if self.old_lm is not None:
+            return 1.0
         return 1.0 - self.interpolate if self.old_lm_scale is None else self.old_lm_scale
 
 
@@ -154,8 +171,10 @@ def rescore_lattice(
     """
     split, origin, is_exact, num_paths, beam = _split(lattice, settings)
     scorer = HistoryScorer(lattice.utterance, encode, score_forest, settings.max_tokens)
-    old_arcs, old_finals = split.lm_score, split.final_lm_score
     histories = _representatives(LatticeSearch(split, settings.weights), scorer)
+    if settings.old_lm is not None:
+        split = _without(split, settings.old_lm, settings.interpolate)
+    old_arcs, old_finals = split.lm_score, split.final_lm_score
     new, rounds, is_settled = split, 0, False
     while rounds < settings.max_rounds and not is_settled:
         rounds += 1
@@ -273,6 +292,12 @@ def _model_scores(lattice: Lattice, histories: list[int], scorer: HistoryScorer)
     arcs = np.array([scorer[to, False] - scorer[histories[state], False] for state, to in zip(src, after, strict=True)])
     finals = np.array([scorer[history, True] - scorer[history, False] for history in ends])
     return arcs.astype(np.float64), finals.astype(np.float64)
+
+
+def _without(split: Lattice, model: NgramModel, scale: float) -> Lattice:
+    """The lattice less ``scale`` times the n-gram scores."""
+    arcs, finals = ngram_scores(split, model)
+    return replace(split, lm_score=split.lm_score - scale * arcs, final_lm_score=split.final_lm_score - scale * finals)
 
 
 def _check(new: Lattice, old: Lattice, scorer: HistoryScorer, settings: LatticeSettings) -> list[CheckedPath]:

@@ -41,6 +41,13 @@ def main(
     old_lm_scale: Annotated[
         float | None, typer.Option(help="In the place of 1 − W, e.g. 1 where the old LM was taken out of the lattices.")
     ] = None,
+    old_lm: Annotated[
+        Path | None,
+        typer.Option(
+            help="The n-gram model (ARPA) that made the lattices: new LM score = old + W (model − n-gram); needs a --merge-order not below its order.",
+            metavar="ARPA",
+        ),
+    ] = None,
     merge_order: Annotated[
         int, typer.Option(min=0, help="Histories equal in their last N − 1 words share a state; 0: never.", metavar="N")
     ] = 4,
@@ -88,6 +95,7 @@ def main(
         word_insertion_penalty=word_insertion_penalty,
         interpolate=interpolate,
         old_lm_scale=old_lm_scale,
+        old_lm=old_lm,
         merge_order=merge_order,
         beam=beam,
         max_paths=max_paths,

@@ -16,9 +16,11 @@ from mixbits.asr.atomic import atomic_binary_file
 from mixbits.asr.formats.jsonl import write_nbest
 from mixbits.asr.formats.kaldi_lattice import WordSymbols, read_word_symbols
 from mixbits.asr.formats.lattice_files import LatticeFiles, find_lattices, read_lattices, write_like
+from mixbits.asr.kenlm_model import load_ngram
 from mixbits.asr.lattice import Lattice, PathWeights
 from mixbits.asr.lattice_rescore import Certificate, LatticeSettings, RescoredLattice, rescore_lattice
 from mixbits.asr.nbest import Hypothesis, NBest
+from mixbits.asr.ngram import NgramModel
 from mixbits.errors import DataError, SpecError
 from mixbits.pipeline.lm_scores import Runtime, SpeechModel, check_vocabulary, encode_texts, unknown_words
 
@@ -35,6 +37,7 @@ class LatticeOptions:
     word_insertion_penalty: float | None = None
     interpolate: float = 1.0
     old_lm_scale: float | None = None
+    old_lm: Path | None = None
     merge_order: int = 4
     beam: float = 10.0
     max_paths: int = 500
@@ -46,8 +49,8 @@ class LatticeOptions:
     runtime: Runtime = "auto"
     words: Path | None = None
 
-    def settings(self, lattice: Lattice | None) -> LatticeSettings:
-        """Settings for a lattice, scales of its header included. Raises SpecError or DataError: numbers that make no sense."""
+    def settings(self, lattice: Lattice | None, old_lm: NgramModel | None = None) -> LatticeSettings:
+        """Settings for a lattice, scales of its header included; ``old_lm`` as it was read. Raises SpecError or DataError: numbers that make no sense."""
         own = (None if lattice is None else lattice.weights) or PathWeights()
         given = {name: getattr(self, name) for name in ("acoustic_scale", "lm_scale", "word_insertion_penalty")}
         weights = replace(own, **{name: v for name, v in given.items() if v is not None})
@@ -55,6 +58,7 @@ class LatticeOptions:
             weights=weights,
             interpolate=self.interpolate,
             old_lm_scale=self.old_lm_scale,
+            old_lm=old_lm,
             merge_order=self.merge_order,
             beam=self.beam,
             max_paths=self.max_paths,
@@ -122,9 +126,9 @@ def rescore_lattices(
         raise SpecError("nothing to write: give an output for lattices, best paths or n-best lists")
     files = find_lattices(source)
     symbols = None if options.words is None else read_word_symbols(options.words)
-    speech = SpeechModel(model)
-    options.settings(None)  # bad settings are found before the model is loaded
-    worker = _Worker(speech, options, advance)
+    old_lm = None if options.old_lm is None else load_ngram(options.old_lm)
+    options.settings(None, old_lm)  # bad settings are found before the model is loaded
+    worker = _Worker(SpeechModel(model), options, old_lm, advance)
     started = time.perf_counter()
     with ExitStack() as stack:
         trn = None if best_path is None else stack.enter_context(atomic_binary_file(best_path))
@@ -134,7 +138,7 @@ def rescore_lattices(
             write_nbest(nbest, worker.lists)
     report = worker.report
     report.seconds = time.perf_counter() - started
-    report.model_hash = speech.model_hash
+    report.model_hash = worker.model_hash
     if files.format == "kaldi" and options.acoustic_scale is None and options.lm_scale is None:
         report.notes.append(
             "Kaldi's acoustic costs are unscaled: give --acoustic-scale, mostly 0.05 to 0.1 (1 was used)."
@@ -162,8 +166,16 @@ def _run(
 class _Worker:
     """Rescores one lattice after another and keeps what the report needs."""
 
-    def __init__(self, speech: SpeechModel, options: LatticeOptions, advance: Callable[[str], None] | None) -> None:
+    def __init__(
+        self,
+        speech: SpeechModel,
+        options: LatticeOptions,
+        old_lm: NgramModel | None,
+        advance: Callable[[str], None] | None,
+    ) -> None:
         self.options = options
+        self.model_hash = speech.model_hash
+        self._old_lm = old_lm
         self.report = LatticeReport()
         self.lists: list[NBest] = []
         self.trn: Any = None
@@ -187,7 +199,7 @@ class _Worker:
         if not self._is_checked and len(self._words) >= _ENOUGH_WORDS:
             self.check_all_words()
             self._is_checked = True
-        settings = self.options.settings(lattice)
+        settings = self.options.settings(lattice, self._old_lm)
         done = rescore_lattice(lattice, encode=self._encode, score_forest=self._score_forest, settings=settings)
         self._keep(lattice.utterance, done)
         if self._advance is not None:
