@@ -5,11 +5,12 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mixbits.asr.formats.jsonl import read_nbest
+from mixbits.asr.formats.jsonl import read_nbest, write_nbest
 from mixbits.asr.weights import load_weights
 from mixbits.asr.wer import one_best_errors
 from mixbits.cli.main import main
@@ -77,6 +78,33 @@ def test_by_hand_and_without_references(world, tmp_path, capsys):
     words = len(first.words)
     expected = first.acoustic_score + 0.5 * first.extra["neural_lm_score"] - 1.5 * words
     assert first.extra["total_score"] == pytest.approx(expected)
+
+
+def test_references_from_files_beside_the_lists(world, tmp_path, capsys):
+    texts = {}
+    for name in ("dev.jsonl", "test.jsonl.gz"):
+        lists = read_nbest(world / name).lists
+        texts[name] = tmp_path / f"{name}.trn"
+        texts[name].write_text("".join(f"{entry.reference} ({entry.utterance})\n" for entry in lists))
+        write_nbest(tmp_path / name, [replace(entry, reference=None) for entry in lists])
+    with_own, with_files = tmp_path / "own.json", tmp_path / "files.json"
+    model = ("--model", world / "trained")
+    assert run(world / "test.jsonl.gz", *model, "--dev", world / "dev.jsonl", "--json", with_own) == 0
+    capsys.readouterr()
+    blind = (tmp_path / "test.jsonl.gz", *model, "--dev", tmp_path / "dev.jsonl", "--json", with_files)
+    assert run(*blind) == 2
+    assert "reference" in capsys.readouterr().err
+    assert run(*blind, "--references", texts["test.jsonl.gz"], "--dev-references", texts["dev.jsonl"]) == 0
+    own, files = (json.loads(path.read_text()) for path in (with_own, with_files))
+    assert files["rows"] == own["rows"]
+    assert files["weights"] == own["weights"]
+    assert files["dev_references"] == str(texts["dev.jsonl"])
+    capsys.readouterr()
+    hand = (tmp_path / "test.jsonl.gz", *model, "--lm-scale", 0.5)
+    assert run(*hand, "--dev-references", texts["dev.jsonl"]) == 2
+    assert "references for a dev list are given, but no dev list" in " ".join(capsys.readouterr().err.split())
+    assert run(*hand, "--references", texts["dev.jsonl"]) == 2
+    assert "holds no reference for any of the 200 utterances" in " ".join(capsys.readouterr().err.split())
 
 
 def test_where_weights_come_from(world, tmp_path, capsys):

@@ -9,13 +9,13 @@ from pathlib import Path
 from mixbits.errors import DataError
 
 
-def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path] | None = None) -> None:
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None] | None = None) -> None:
     """Check the files that options name: option → path, None where it is not given; ``inputs`` are read and must stay.
 
     Raises:
         DataError: a folder, no permission, a file where a folder is needed, or two names for one file.
     """
-    taken = {path.resolve(): name for name, path in (inputs or {}).items()}
+    taken = {path.resolve(): name for name, path in (inputs or {}).items() if path is not None}
     for option, path in outputs.items():
         if path is None:
             continue

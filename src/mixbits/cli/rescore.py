@@ -45,6 +45,10 @@ def main(
     ngram_scale: Annotated[
         float | None, typer.Option(help="By hand: weight of --ngram's log-probability (log-linear).")
     ] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="References of LIST: sclite trn, Kaldi text or a NeMo manifest.")
+    ] = None,
+    dev_references: Annotated[Path | None, typer.Option(help="References of --dev, likewise.")] = None,
     reference_model: Annotated[
         Path | None, typer.Option(help="Compare with this model, e.g. the full-precision one.")
     ] = None,
@@ -109,7 +113,7 @@ def main(
     by_hand = (lm_scale, first_pass_lm_scale, word_insertion_penalty, ngram_scale)
     given = _given_weights(weights, dev, cross_validate, *by_hand)
     outputs = {"--output": output, "--save-weights": save_weights, "--json": json, "--report": report}
-    check_outputs(outputs, {"LIST": nbest})
+    check_outputs(outputs, {"LIST": nbest, "--references": references, "--dev-references": dev_references})
 
     _check_format(nbest, output, output_format)
 
@@ -136,8 +140,8 @@ def main(
         ngram_weight=ngram_weight,
     )
     result = rescore_list(
-        nbest, model, weights=given, dev=dev, num_folds=cross_validate, reference_model=reference_model, settings=settings,
-        allow_overlap=allow_overlap, keep_rankings=report is not None, seed=seed,
+        nbest, model, weights=given, dev=dev, num_folds=cross_validate, reference_model=reference_model,
+        references=references, dev_references=dev_references, settings=settings, allow_overlap=allow_overlap, keep_rankings=report is not None, seed=seed,
     )  # fmt: skip
     written, left_out = [], []
     if output is not None:
@@ -147,7 +151,8 @@ def main(
         result.weights[MODEL].save(save_weights)
         written.append(save_weights)
     if json is not None:
-        sources = {"list": nbest, "dev": dev, "model": model, "reference": reference_model, "ngram": ngram}
+        sources = {"list": nbest, "references": references, "dev": dev, "dev_references": dev_references}
+        sources |= {"model": model, "reference": reference_model, "ngram": ngram}
         write_json(json, _record(result, {k: str(v) for k, v in sources.items() if v is not None}, settings, seed))
         written.append(json)
     if report is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixbits.asr.formats.nbestfile import NBestFile
-from mixbits.asr.formats.registry import read_any
+from mixbits.asr.formats.registry import ReadOptions, read_any
 from mixbits.asr.nbest import NBest, one_best_texts, reference_texts
 from mixbits.asr.rescore import DEFAULT_MAX_TOKENS, LmFeatures, apply_weights
 from mixbits.asr.weights import SCALES, Weights, check_no_overlap
@@ -174,6 +174,8 @@ def rescore_list(
     dev: str | Path | None = None,
     num_folds: int | None = None,
     reference_model: str | Path | None = None,
+    references: str | Path | None = None,
+    dev_references: str | Path | None = None,
     settings: ScoreSettings | None = None,
     allow_overlap: bool = False,
     keep_rankings: bool = False,
@@ -182,6 +184,7 @@ def rescore_list(
     """Rescore one list, with given ``weights`` (the same for both models), or weights tuned on ``dev`` for each model, or with
     ``num_folds`` parts of the list itself, each with weights tuned on the others (:mod:`mixbits.pipeline.cross_validation`).
 
+    ``references`` and ``dev_references``: files of references for lists that hold none (:mod:`mixbits.asr.formats.references`).
     Utterances without a reference are rescored and left out of the word errors; their number is noted. ``keep_rankings`` is for a
     comparison (:mod:`mixbits.pipeline.rescore_report`), which needs references.
 
@@ -193,14 +196,16 @@ def rescore_list(
         raise SpecError(
             "give either weights, or a dev list to tune them on, or a number of parts to cross-validate over"
         )
+    if dev_references is not None and dev is None:
+        raise SpecError("references for a dev list are given, but no dev list; give both or neither")
     settings = settings or ScoreSettings()
     notes = [unknown_note(settings)]
-    file = read_any(path)
+    file = read_any(path, options=ReadOptions(references))
     if keep_rankings and all(entry.reference is None for entry in file):
         raise DataError(
             f"{path}: no utterance has a reference, so there is nothing to report on; rescore without a report"
         )
-    dev_file = None if dev is None else read_any(dev)
+    dev_file = None if dev is None else read_any(dev, options=ReadOptions(dev_references))
     source = dev_file if dev_file is not None else weights
     shared = 0 if source is None else _refuse_overlap(source, file, allow_overlap=allow_overlap)
     if shared:
