@@ -65,7 +65,11 @@ def lists(name, texts, seed):
 def speech(texts, sentences_of):
     write_nbest(texts / "dev.jsonl", lists("dev", sentences_of(25, 11), 11))
     write_nbest(texts / "heard.jsonl", lists("heard", sentences_of(25, 12), 12))
-    return {"dev": str(texts / "dev.jsonl"), "test": {"test": str(texts / "heard.jsonl")}}
+    return {
+        "dev": str(texts / "dev.jsonl"),
+        "test": {"test": str(texts / "heard.jsonl")},
+        "ngram": {"order": 2, "weight": 0.3},
+    }
 
 
 def numbers(path):
@@ -90,7 +94,10 @@ def test_the_summary(finished, texts):
     names = [row.name for row in summary.rows]
     assert names[0] == "first-pass"
     models = ["full", "full-continued", *(row.name for row in settings.rows)]
-    assert [n for n in names if not n.startswith("first-pass")] == models
+    mixed = [f"{name}+ngram" for name in models]
+    assert [n for n in names if not n.startswith("first-pass")] == ["ngram", *models, *mixed]
+    assert summary.asr["ngram"] == {"order": 2, "mode": "interpolate", "weight": 0.3}
+    assert all(summary.row(name).bytes is None and summary.row(name).wer is not None for name in mixed)
     full = summary.row("full")
     assert (full.bits_per_weight, full.ratio) == (32, 1)
     assert full.ppl < 20  # of 26 words

@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 
 from mixbits.asr.formats.jsonl import read_nbest, write_nbest
-from mixbits.asr.nbest import Hypothesis, NBest
+from mixbits.asr.nbest import Hypothesis, NBest, reference_texts
+from mixbits.asr.rescore import apply_weights
 from mixbits.asr.significance import mapsswe
 from mixbits.asr.weights import Weights
+from mixbits.asr.wer import sum_errors
 from mixbits.errors import DataError, SpecError
 from mixbits.lm.checkpoint import load_model
 from mixbits.lm.forest import score_sequences
 from mixbits.pipeline import lm_scores
 from mixbits.pipeline.evidence import list_evidence
 from mixbits.pipeline.lm_scores import SpeechModel, neural_features, unknown_share, unknown_words
+from mixbits.pipeline.ngram import train_ngram
 from mixbits.pipeline.rescore import ScoreSettings, rescore_list, rescore_systems, tune_system
+from mixbits.pipeline.scoring import ngram_alone
 from mixbits.pipeline.speech_rows import compare, list_facts
 from mixbits.pipeline.verdicts import judge
 from mixbits.summary import SummaryRow
@@ -173,6 +177,39 @@ def test_a_trained_model_helps_and_its_copy_loses_nothing(result, world):
         assert errors["words"] == sum(len(entry.reference.split()) for entry in lists)
         SummaryRow.from_json({"name": name, **row})
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize("mode", ["interpolate", "log-linear"])
+def test_each_system_with_an_ngram_model_too(world, mode):
+    sentences = [entry.reference for entry in example.make_lists("text", 300, 77)]
+    ngram = train_ngram(sentences, load_model(world / "trained")[1], order=3)
+    systems = {"full": world / "trained", "same": world / "trained"}
+    options = {"ngram": ngram, "ngram_mode": mode, "ngram_weight": 0.4, "seed": 4}
+    found = rescore_systems(systems, world / "dev.jsonl", {"test": world / "test.jsonl.gz"}, **options)
+    rows = found["rows"]
+    assert list(rows) == [
+        "first-pass", "first-pass-tuned", "full", "same", "ngram", "full+ngram", "same+ngram"
+    ]  # fmt: skip
+    assert rows["ngram"]["wer"] < rows["first-pass"]["wer"]
+    assert rows["same+ngram"]["wer"] == rows["full+ngram"]["wer"]
+    assert rows["same+ngram"]["significance"].startswith("no significant loss")
+    assert found["ngram"] == {"order": 3, "mode": mode, "weight": 0.4}
+    assert "compared with full+ngram" in found["notes"][-1]
+    dev, test = (read_nbest(world / name) for name in ("dev.jsonl", "test.jsonl.gz"))
+    settings = ScoreSettings(ngram=ngram, ngram_mode=mode, ngram_weight=0.4)
+    model = SpeechModel(world / "trained")
+    weights = tune_system(model, dev, settings=settings, seed=4)
+    texts = apply_weights(test, settings.score(model, test), weights).one_best
+    assert sum_errors(reference_texts(test), texts).wer == rows["full+ngram"]["wer"]
+    alone = ngram_alone(ngram, test)
+    expected = ngram.score([h.text.split() for entry in test for h in entry.hypotheses]).sentence_scores()
+    np.testing.assert_allclose(alone.ngram_score, expected)
+    assert not alone.neural_lm_score.any()
+    for taken in ("ngram", "full+ngram"):
+        with pytest.raises(SpecError, match="is taken"):
+            rescore_systems(
+                {"full": world / "trained", taken: world / "trained"}, world / "dev.jsonl", {"t": world / "x"}
+            )
 
 
 def test_weights_come_from_dev_alone(result, world, tmp_path):

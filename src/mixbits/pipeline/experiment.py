@@ -24,10 +24,10 @@ from mixbits.pipeline.checks import check_text
 from mixbits.pipeline.evaluate import load_scorer
 from mixbits.pipeline.manifest import write_manifest
 from mixbits.pipeline.measuring import Measuring, prototype_rows
-from mixbits.pipeline.prepare import PreparedText, prepare_text
+from mixbits.pipeline.prepare import PreparedText, prepare_text, training_sentences
 from mixbits.pipeline.quantize import train_and_pack
 from mixbits.pipeline.rows import TrainedRow, fingerprint, run_row
-from mixbits.pipeline.settings import ExperimentSettings, Row, validate
+from mixbits.pipeline.settings import ExperimentSettings, Row, SpeechNgram, validate
 from mixbits.pipeline.summarize import Evaluated, Finished, average_seeds, baseline_name, summarize
 from mixbits.pipeline.train import train_continued, train_full
 from mixbits.pipeline.workplace import locked
@@ -105,7 +105,7 @@ def _run_rows(settings: ExperimentSettings, text: PreparedText, folder: Path, *,
     names = ["full", "full-continued", *(row.name for row in settings.rows)]
     evaluated = {n: Evaluated(n, trained[n], _evaluate(trained[n], text.test, settings.model.context)) for n in names}
     baseline = baseline_name(trained)
-    speech = _rescore(settings, trained, baseline, folder, show_progress=show_progress)
+    speech = _rescore(settings, text.tokenizer, trained, baseline, folder, show_progress=show_progress)
     allocations = {row.name: allocations[row.name] for row in settings.rows}
     return Finished(text, inventory, evaluated, baseline, allocations, measuring.found, speech)
 
@@ -260,12 +260,20 @@ def _evaluate(row: TrainedRow, test: TokenStream, context: int) -> Perplexity:
 
 
 def _rescore(
-    settings: ExperimentSettings, trained: Mapping[str, TrainedRow], baseline: str, folder: Path, *, show_progress: bool
+    settings: ExperimentSettings,
+    tokenizer: Any,
+    trained: Mapping[str, TrainedRow],
+    baseline: str,
+    folder: Path,
+    *,
+    show_progress: bool,
 ) -> dict[str, Any] | None:
     if settings.speech is None:
         return None
+    from mixbits.pipeline.ngram import train_ngram
     from mixbits.pipeline.rescore import rescore_systems
 
+    chosen, sentences = settings.speech.ngram, training_sentences(settings.text)
     return rescore_systems(
         {name: row.model for name, row in trained.items()},
         settings.speech.dev,
@@ -277,4 +285,7 @@ def _rescore(
         seed=settings.seed,
         show_progress=show_progress,
         cache=folder / "scores",
+        ngram=None if chosen is None else train_ngram(sentences, tokenizer, order=chosen.order, prune=chosen.prune),
+        ngram_mode=(chosen or SpeechNgram()).mode,
+        ngram_weight=(chosen or SpeechNgram()).weight,
     )

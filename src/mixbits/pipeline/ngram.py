@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixbits.asr.formats.arpa import write_arpa
 from mixbits.asr.kneser_ney import FALLBACK, estimate
+from mixbits.asr.ngram import BackoffModel
 from mixbits.asr.ngram_counts import encode_text
 from mixbits.errors import DataError, FormatError
 from mixbits.lm.corpus import read_sentences
@@ -52,6 +53,12 @@ def estimate_ngram(
             )
         ],
     }
+
+
+def train_ngram(sentences: Iterable[str], tokenizer: Any, *, order: int = 4, prune: Sequence[int] = ()) -> BackoffModel:
+    """A model of some sentences over the words of a word-level tokenizer, with any other one over all words; lmplz's fallback discounts."""
+    encoded = encode_text(sentences, vocabulary_words(tokenizer))
+    return estimate(encoded, order=order, prune=prune, fallback=FALLBACK).model
 
 
 def read_vocabulary(path: str | Path) -> list[str]:

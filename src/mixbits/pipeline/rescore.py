@@ -13,20 +13,22 @@ with weights from dev lists, a file or by hand, with or without references.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from mixbits.asr.formats.nbestfile import NBestFile
 from mixbits.asr.formats.registry import ReadOptions, read_any
 from mixbits.asr.nbest import NBest, one_best_texts, reference_texts
+from mixbits.asr.ngram import NgramModel
 from mixbits.asr.rescore import DEFAULT_MAX_TOKENS, LmFeatures, apply_weights
 from mixbits.asr.weights import SCALES, Weights, check_no_overlap
 from mixbits.errors import DataError, SpecError
 from mixbits.pipeline.cross_validation import cross_validate
 from mixbits.pipeline.lm_scores import Runtime, Scoring, SpeechModel, unknown_share
-from mixbits.pipeline.scoring import ScoreSettings, merging_error, tune_system
+from mixbits.pipeline.scoring import NgramMode, ScoreSettings, merging_error, ngram_alone, tune_ngram, tune_system
 from mixbits.pipeline.speech_rows import (
     FIRST_PASS,
     FIRST_PASS_TUNED,
@@ -40,6 +42,9 @@ from mixbits.pipeline.speech_rows import (
 __all__ = ["RescoredList", "ScoreSettings", "rescore_list", "rescore_systems", "tune_system"]
 
 MODEL, REFERENCE = "model", "reference"
+NGRAM, WITH_NGRAM = "ngram", "+ngram"
+"""The n-gram model alone, and what is put after the names of systems that it is mixed with."""
+_Score = Callable[[NBestFile], tuple[Sequence[NBest], LmFeatures | None]]
 _UNKNOWN = {
     "penalty": "the probability of <unk>",
     "shared": "an equal share of the probability of <unk>",
@@ -72,14 +77,19 @@ def rescore_systems(
     interpolate: Literal["tuned", "equal"] = "tuned",
     max_hypotheses: int | None = None,
     runtime: Runtime = "auto",
+    ngram: NgramModel | None = None,
+    ngram_mode: NgramMode = "interpolate",
+    ngram_weight: float = 0.5,
 ) -> dict[str, Any]:
     """Tune every system on ``dev``, apply it to every test list, compare with ``reference_system``.
+
+    With ``ngram`` there are the systems ``ngram`` (it alone) and, for each model, ``NAME+ngram``; these are compared with the reference system's.
 
     Args:
         systems: name → model directory. tests: name → list; the one named ``test``, else the first, is the headline.
         interpolate: see :class:`ScoreSettings`. max_hypotheses: only that many from the top of every list are looked at.
         cache: folder of kept LM scores, so that a second run needs no model.
-        runtime: what computes the scores, as in :class:`ScoreSettings`.
+        runtime, ngram_mode, ngram_weight: as in :class:`ScoreSettings`.
 
     Returns plain data for a summary: ``reference_system``, ``rows`` (name → entry on the headline list, see :func:`mixbits.pipeline.speech_rows.compare`),
     ``tests`` (list → name → entry), ``lists``, ``weights``, ``dev_wer``, ``gain_significant`` (headline list: ``reference_system``
@@ -89,28 +99,39 @@ def rescore_systems(
         SpecError: the reference system is missing, or a name is taken. DataError, FormatError: lists or models.
     """
     _check_names(systems, tests, reference_system)
-    settings = ScoreSettings(lower_case, max_tokens, scoring, cache, show_progress, interpolate, runtime)
+    plain = ScoreSettings(lower_case, max_tokens, scoring, cache, show_progress, interpolate, runtime)
+    ways = {"": plain}
+    if ngram is not None:
+        ways[WITH_NGRAM] = replace(plain, ngram=ngram, ngram_mode=ngram_mode, ngram_weight=ngram_weight)
     dev_file = _cut(read_any(dev), max_hypotheses)
     files = {name: _cut(read_any(path), max_hypotheses) for name, path in tests.items()}
     reference_texts(dev_file)
     for file in files.values():
         reference_texts(file)
         _refuse_overlap(dev_file, file, allow_overlap=allow_overlap)
-    models: dict[str, SpeechModel | None] = {FIRST_PASS_TUNED: None} if first_pass_tuned else {}
-    models |= {name: SpeechModel(directory) for name, directory in systems.items()}
     weights: dict[str, Weights] = {}
     outputs: dict[str, dict[str, list[str]]] = {name: {FIRST_PASS: one_best_texts(f)} for name, f in files.items()}
-    unknown: dict[str, float] = {}
-    for system in list(models):
-        model = models.pop(system)  # one model in memory at a time
-        weights[system] = tune_system(model, dev_file, settings=settings, seed=seed)
+
+    def use(system: str, tuned: Weights, score: _Score) -> None:
+        weights[system] = tuned
         for name, file in files.items():
-            lists, lm = (file, None) if model is None else settings.apart(model, file, weights=weights[system])
-            outputs[name][system] = apply_weights(lists, lm, weights[system], allow_overlap=allow_overlap).one_best
-        if model is not None and system == reference_system:
+            outputs[name][system] = apply_weights(*score(file), tuned, allow_overlap=allow_overlap).one_best
+
+    if first_pass_tuned:
+        use(FIRST_PASS_TUNED, tune_system(None, dev_file, settings=plain, seed=seed), lambda file: (file, None))
+    if ngram is not None:
+        tuned = tune_ngram(ngram, dev_file, lower_case=lower_case, seed=seed)
+        use(NGRAM, tuned, lambda file: (file, ngram_alone(ngram, file, lower_case=lower_case)))
+    unknown: dict[str, float] = {}
+    for system, directory in systems.items():
+        model = SpeechModel(directory)  # one model in memory at a time
+        for suffix, way in ways.items():
+            tuned = tune_system(model, dev_file, settings=way, seed=seed)
+            use(system + suffix, tuned, partial(way.apart, model, weights=tuned))
+        if system == reference_system:
             for name, file in {"dev": dev_file, **files}.items():
                 unknown[name] = unknown_share(model.tokenizer, reference_texts(file), lower_case=lower_case)
-    entries = {name: compare(file, outputs[name], reference_system, seed=seed) for name, file in files.items()}
+    entries = {name: _entries(file, outputs[name], reference_system, seed=seed) for name, file in files.items()}
     headline = "test" if "test" in files else next(iter(files))
     texts, file = outputs[headline], files[headline]
     facts = {
@@ -119,10 +140,17 @@ def rescore_systems(
     }
     notes = [
         f"{FIRST_PASS} is the order of the hypotheses in the file. Weights are tuned on dev only.",
-        unknown_note(settings),
+        unknown_note(plain),
     ]
     if first_pass_tuned:
         notes.append(f"List {headline!r}: {gain_over_tuning(file, texts, reference_system)}")
+    if ngram is not None:
+        mode = (
+            f"word by word, its share {ngram_weight:g}" if ngram_mode == "interpolate" else "with a weight of its own"
+        )
+        notes.append(
+            f"{NGRAM} is a {ngram.order}-gram model of the training text; NAME{WITH_NGRAM}: mixed {mode}, compared with {reference_system}{WITH_NGRAM}."
+        )
     return {
         "headline": headline,
         "reference_system": reference_system,
@@ -133,9 +161,26 @@ def rescore_systems(
         "dev_wer": {name: _dev_wer(found) for name, found in weights.items()},
         "gain_significant": beats_first_pass(reference_texts(file), texts, reference_system),
         "no_loss_rule": NO_LOSS_RULE,
+        "ngram": None if ngram is None else {"order": ngram.order, "mode": ngram_mode, "weight": ngram_weight},
         "lower_case": lower_case,
         "notes": notes,
     }
+
+
+def _entries(
+    file: NBestFile, outputs: Mapping[str, Sequence[str]], reference_system: str, *, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Systems without an n-gram model of ours against the reference system, those with one against the reference system with it."""
+    mixed = [name for name in outputs if name == NGRAM or name.endswith(WITH_NGRAM)]
+    found = compare(file, {n: t for n, t in outputs.items() if n not in mixed}, reference_system, seed=seed)
+    if mixed:
+        chosen = {n: t for n, t in outputs.items() if n in (FIRST_PASS, FIRST_PASS_TUNED, *mixed)}
+        found |= {
+            name: entry
+            for name, entry in compare(file, chosen, reference_system + WITH_NGRAM, seed=seed).items()
+            if name in mixed
+        }
+    return found
 
 
 def _cut(file: NBestFile, number: int | None) -> NBestFile:
@@ -282,8 +327,8 @@ def _dev_wer(weights: Weights) -> float | None:
 def _check_names(systems: Mapping[str, Any], tests: Mapping[str, Any], reference_system: str) -> None:
     if reference_system not in systems:
         raise SpecError(f"no system is named {reference_system!r} to compare with; got {', '.join(systems) or 'none'}")
-    taken = sorted({FIRST_PASS, FIRST_PASS_TUNED} & set(systems))
+    taken = [name for name in systems if name in (FIRST_PASS, FIRST_PASS_TUNED, NGRAM) or name.endswith(WITH_NGRAM)]
     if taken:
-        raise SpecError(f"system name {taken[0]!r} is taken by the first pass; choose another")
+        raise SpecError(f"system name {taken[0]!r} is taken by the first pass or an n-gram model; choose another")
     if not tests or "dev" in tests:
         raise SpecError("give at least one test list, and name none of them 'dev'")

@@ -149,6 +149,21 @@ def tune_system(model: SpeechModel | None, dev: NBestFile, *, settings: ScoreSet
     ).weights
 
 
+def ngram_alone(ngram: NgramModel, lists: Sequence[NBest], *, lower_case: bool = False) -> LmFeatures:
+    """The scores of an n-gram model with no neural one beside it (its score is 0)."""
+    found = ngram_features(lists, ngram, lower_case=lower_case)
+    nothing = np.zeros(len(found.ngram_score), dtype=np.int64)
+    return LmFeatures(nothing.astype(np.float64), found.num_unknown, nothing, 0, 0.0, ngram_score=found.ngram_score)
+
+
+def tune_ngram(ngram: NgramModel, dev: NBestFile, *, lower_case: bool = False, seed: int = 0) -> Weights:
+    """Weights for an n-gram model alone, tuned on dev lists with references."""
+    lm = ngram_alone(ngram, dev, lower_case=lower_case)
+    return tune_on_lists(
+        dev, num_unknown=lm.num_unknown, ngram_score=lm.ngram_score, data_hash=dev.data_hash, seed=seed
+    ).weights
+
+
 _MERGE_SAMPLE = 100
 
 

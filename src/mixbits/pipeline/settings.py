@@ -163,11 +163,20 @@ class Row(_Frozen):
         return QuantizeSettings.model_validate(_merged(base.model_dump(), changes))
 
 
+class SpeechNgram(_Frozen):
+    """An n-gram model of the training text beside the language models: modified Kneser-Ney over the model's words, mixed as in ``mixbits rescore``."""
+
+    order: int = Field(4, ge=1)
+    prune: tuple[int, ...] = (0,)
+    mode: Literal["interpolate", "log-linear"] = "interpolate"
+    weight: float = Field(0.5, ge=0, le=1)
+
+
 class SpeechLists(_Frozen):
     """n-best lists: weights are tuned on ``dev`` only; ``test`` lists are read once.
 
     ``max_hypotheses``: only that many from the top of each list; ``interpolate``: "equal" mixes the model with the lists' own LM
-    score half and half (:class:`mixbits.pipeline.rescore.ScoreSettings`).
+    score half and half (:class:`mixbits.pipeline.rescore.ScoreSettings`); ``ngram``: rows ``ngram`` and ``NAME+ngram`` as well.
     """
 
     dev: str
@@ -175,6 +184,7 @@ class SpeechLists(_Frozen):
     lower_case: bool = False
     max_hypotheses: int | None = Field(None, ge=1)
     interpolate: Literal["tuned", "equal"] = "tuned"
+    ngram: SpeechNgram | None = None
 
 
 class ExperimentSettings(_Frozen):

@@ -210,9 +210,11 @@ def summarize(settings: ExperimentSettings, found: Finished, command: str) -> di
     text, inventory, evaluated, speech = found.text, found.inventory, found.evaluated, found.speech
     full, baseline = evaluated["full"], evaluated[found.baseline]
     rows = [_row_json(e, baseline, inventory, text, speech) for e in evaluated.values()]
-    if speech is not None:  # systems without a language model of ours come first
+    if speech is not None:  # systems without a neural language model come first, those mixed with an n-gram model last
         blank = {"bytes": None, "ratio": None, "bits_per_weight": None, "ppl": None, "ppl_stderr": None}
-        rows = [{"name": n, **blank, **entry} for n, entry in speech["rows"].items() if n not in evaluated] + rows
+        others = [{"name": n, **blank, **entry} for n, entry in speech["rows"].items() if n not in evaluated]
+        mixed = [row for row in others if row["name"].removesuffix("+ngram") in evaluated]
+        rows = [row for row in others if row not in mixed] + rows + mixed
     sizes = {n: int(e.trained.record["bytes"]) for n, e in evaluated.items() if e.trained.record.get("bytes")}
     results = {n: e.result for n, e in evaluated.items()}
     by_seed = {n: e.by_seed for n, e in evaluated.items()}
