@@ -120,6 +120,8 @@ def _product_cells(found: dict[str, Any], case: dict[str, Any], main: str, table
     table.put("gemv_avx2_vs_vnni", vnni) if isinstance(vnni, str) else table.least(
         "gemv_avx2_vs_vnni", [vnni["bits"][b] for b in few]
     )
+    gops = kernels["rates"]["gops"]["512 rows"]
+    table.put("torch_fp32_matmul_vs_numpy", gops["torch-fp32"] / gops["numpy-fp32"])
     size, peak = SIZES[main], max(kernels["rates"]["int8_peak_gops"].values())
     weights = size.layers * (4 * size.width**2 + 2 * size.width * size.feed_forward) + size.vocabulary * size.width
     bound = peak * 1e9 / (2 * weights)  # tokens a second, all products at the int8 peak

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,22 +167,28 @@ def avx2_against_vnni(*, rounds: int, side: int = SIDE) -> dict[str, Any] | str:
 
 
 def rates(*, rounds: int, side: int = SIDE) -> dict[str, Any]:
-    """Arithmetic rates in GOP/s (2 operations a weight and row) at 1 and 512 rows, ours and PyTorch's, in turn; and the int8 peak.
+    """Arithmetic rates in GOP/s (2 operations a weight and row) at 1 and 512 rows, ours, PyTorch's and NumPy's, in turn; and the int8 peak.
+
+    NumPy's shows how good PyTorch's own is on this processor: its MKL takes slower code on some.
 
     ``int8_peak``: the greatest rate seen of torch._int_mm or our 8-bit and 2-bit products at 2048 rows: what the bounds are taken from.
     """
     found: dict[str, dict[str, float]] = {}
     for rows in (1, 512):
-        dense = {"torch-fp32": (torch.randn(rows, side), torch.randn(side, side))}
+        x, w = torch.randn(rows, side), torch.randn(side, side)
+        dense: dict[str, Callable[[], Any]] = {
+            "torch-fp32": partial(torch.nn.functional.linear, x, w),
+            "numpy-fp32": partial(np.matmul, x.numpy(), w.numpy().T),
+        }
         products = {f"{name}-bit": Product(name, rows=rows, side=side) for name in SPECS}
         times: dict[str, list[float]] = {name: [] for name in (*dense, *products)}
         calls = 20 if rows == 1 else 1
         for _ in range(rounds):
-            for name, (x, w) in dense.items():
-                torch.nn.functional.linear(x, w)
+            for name, multiply in dense.items():
+                multiply()
                 started = time.perf_counter()
                 for _ in range(calls):
-                    torch.nn.functional.linear(x, w)
+                    multiply()
                 times[name].append((time.perf_counter() - started) / calls)
             for name, product in products.items():
                 times[name].append(product.seconds(calls))
