@@ -149,3 +149,11 @@ def test_a_row_with_any_name_is_learned_if_a_measure_is_recorded():
     summary = Summary.from_json({"rows": rows})
     assert [row_kind(row) for row in summary.rows] == ["learned", "uniform", "", "full"]
     assert [text.split(":")[0] for text in headline(summary)] == ["bits-a"]
+
+
+def test_rows_with_an_ngram_model_are_for_the_table_only():
+    data = example.example_summary()
+    before = headline(Summary.from_json(data))
+    empty = {"bytes": None, "ratio": None, "bits_per_weight": None, "ppl": None, "ppl_stderr": None}
+    data["rows"].append({"name": "learned-16x+ngram", **empty, "wer": 6.2})
+    assert headline(Summary.from_json(data)) == before

@@ -27,7 +27,7 @@ SIGNIFICANT_P = 0.05
 
 def headline(summary: Summary, *, max_rows: int = 3) -> list[str]:
     """One paragraph per learned row (at most ``max_rows``), or one that says what is missing."""
-    learned = [row for row in summary.rows if row_kind(row) == "learned"]
+    learned = [row for row in summary.rows if row_kind(row) == "learned" and not row.name.endswith("+ngram")]
     if not learned:
         names = ", ".join(row.name for row in summary.rows[:8]) or "none"
         return [f"No learned bits in these results; systems: {names}."]
