@@ -23,6 +23,8 @@ from mixbits.jsonfile import plain, read_json, write_json
 
 SUMMARY_FORMAT = "mixbits-summary"
 SUMMARY_VERSION = 1
+WITH_NGRAM = "+ngram"
+"""After the name of a system that is mixed with an n-gram model."""
 _MAX_INTEGER = 2**63
 _NOT_NEGATIVE = ("bytes", "ratio", "bits_per_weight", "ppl", "ppl_stderr", "wer", "valid_ppl", "delta_nats_stderr")
 

@@ -16,19 +16,17 @@ def ngram_scores(lattice: Lattice, model: NgramModel) -> tuple[FloatArray, Float
     :func:`mixbits.asr.lattice_rescore.split_states`). Raises DataError: a word that the model does not know and has no ``<unk>`` for.
     """
     keep = model.order - 1
-    arcs, bounds = lattice.out_arcs
-    out, offsets = arcs.tolist(), bounds.tolist()
-    dst, word, is_word = lattice.dst.tolist(), lattice.word.tolist(), lattice.is_word.tolist()
+    src, dst, word, is_word = (a.tolist() for a in (lattice.src, lattice.dst, lattice.word, lattice.is_word))
     history: list[tuple[str, ...]] = [()] * lattice.num_states
     history[lattice.start] = (BEGIN,)[:keep]
-    for state in lattice.topological_order.tolist():
-        for arc in out[offsets[state] : offsets[state + 1]]:
-            after = (*history[state], lattice.labels[word[arc]]) if is_word[arc] else history[state]
-            history[dst[arc]] = after[max(0, len(after) - keep) :]
+    for arc in lattice.sorted_arcs.tolist():
+        before = history[src[arc]]
+        after = (*before, lattice.labels[word[arc]]) if is_word[arc] else before
+        history[dst[arc]] = after[max(0, len(after) - keep) :]
     spoken = np.flatnonzero(lattice.is_word)
     words = [lattice.labels[label] for label in lattice.word[spoken].tolist()]
-    before = [history[state] for state in lattice.src[spoken].tolist()]
-    found = model.score([[each] for each in words], histories=before, sentence_end=False)
+    histories = [history[state] for state in lattice.src[spoken].tolist()]
+    found = model.score([[each] for each in words], histories=histories, sentence_end=False)
     if found.is_unknown.any() and not model.has_unknown:
         raise DataError(
             f"utterance {lattice.utterance!r}: the n-gram model does not know the word {words[int(np.argmax(found.is_unknown))]!r} and has no <unk>; "

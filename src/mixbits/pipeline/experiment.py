@@ -273,7 +273,8 @@ def _rescore(
     from mixbits.pipeline.ngram import train_ngram
     from mixbits.pipeline.rescore import rescore_systems
 
-    chosen, sentences = settings.speech.ngram, training_sentences(settings.text)
+    ngram, sentences = settings.speech.ngram or SpeechNgram(), training_sentences(settings.text)
+    model = train_ngram(sentences, tokenizer, order=ngram.order, prune=ngram.prune) if settings.speech.ngram else None
     return rescore_systems(
         {name: row.model for name, row in trained.items()},
         settings.speech.dev,
@@ -285,7 +286,7 @@ def _rescore(
         seed=settings.seed,
         show_progress=show_progress,
         cache=folder / "scores",
-        ngram=None if chosen is None else train_ngram(sentences, tokenizer, order=chosen.order, prune=chosen.prune),
-        ngram_mode=(chosen or SpeechNgram()).mode,
-        ngram_weight=(chosen or SpeechNgram()).weight,
+        ngram=model,
+        ngram_mode=ngram.mode,
+        ngram_weight=ngram.weight,
     )

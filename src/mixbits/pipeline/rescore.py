@@ -38,12 +38,13 @@ from mixbits.pipeline.speech_rows import (
     gain_over_tuning,
     list_facts,
 )
+from mixbits.summary import WITH_NGRAM
 
 __all__ = ["RescoredList", "ScoreSettings", "rescore_list", "rescore_systems", "tune_system"]
 
 MODEL, REFERENCE = "model", "reference"
-NGRAM, WITH_NGRAM = "ngram", "+ngram"
-"""The n-gram model alone, and what is put after the names of systems that it is mixed with."""
+NGRAM = "ngram"
+"""The n-gram model alone."""
 _Score = Callable[[NBestFile], tuple[Sequence[NBest], LmFeatures | None]]
 _UNKNOWN = {
     "penalty": "the probability of <unk>",

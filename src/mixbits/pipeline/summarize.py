@@ -19,6 +19,7 @@ from mixbits.quant.measures.agreement import rank_agreement
 from mixbits.quant.sensitivity import Sensitivities
 from mixbits.runs import versions
 from mixbits.spec import BitAllocation, ModelInventory, bits_per_weight, compression_ratio
+from mixbits.summary import WITH_NGRAM
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def summarize(settings: ExperimentSettings, found: Finished, command: str) -> di
     if speech is not None:  # systems without a neural language model come first, those mixed with an n-gram model last
         blank = {"bytes": None, "ratio": None, "bits_per_weight": None, "ppl": None, "ppl_stderr": None}
         others = [{"name": n, **blank, **entry} for n, entry in speech["rows"].items() if n not in evaluated]
-        mixed = [row for row in others if row["name"].removesuffix("+ngram") in evaluated]
+        mixed = [row for row in others if row["name"].endswith(WITH_NGRAM)]
         rows = [row for row in others if row not in mixed] + rows + mixed
     sizes = {n: int(e.trained.record["bytes"]) for n, e in evaluated.items() if e.trained.record.get("bytes")}
     results = {n: e.result for n, e in evaluated.items()}

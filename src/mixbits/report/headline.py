@@ -18,7 +18,7 @@ from typing import Any
 
 from mixbits.report.cells import both_errors, megabytes, number, p_text, percent_over_baseline, ppl_digits, with_error
 from mixbits.report.kinds import row_kind
-from mixbits.summary import Summary, SummaryRow
+from mixbits.summary import WITH_NGRAM, Summary, SummaryRow
 
 Z_95 = 1.96
 MAX_SHARE_OF_GAIN = 0.2
@@ -27,7 +27,7 @@ SIGNIFICANT_P = 0.05
 
 def headline(summary: Summary, *, max_rows: int = 3) -> list[str]:
     """One paragraph per learned row (at most ``max_rows``), or one that says what is missing."""
-    learned = [row for row in summary.rows if row_kind(row) == "learned" and not row.name.endswith("+ngram")]
+    learned = [row for row in summary.rows if row_kind(row) == "learned" and not row.name.endswith(WITH_NGRAM)]
     if not learned:
         names = ", ".join(row.name for row in summary.rows[:8]) or "none"
         return [f"No learned bits in these results; systems: {names}."]
