@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -94,6 +95,28 @@ def test_plan_covers_everything_once_within_the_budget(many: list[list[list[int]
         for sequence, (number, index) in enumerate(members):
             assert forest.tokens[forest.path(sequence)].tolist() == many[number][index]
     assert sorted(seen) == [(number, index) for number, tree in enumerate(many) for index in range(len(tree))]
+
+
+@given(st.lists(st.integers(1, 60), max_size=8), st.integers(2, 150))
+def test_forests_are_cut_at_the_least_cost(sizes: list[int], max_tokens: int) -> None:
+    """Against all ways to cut: padded positions and 64 more for each pass."""
+    many = [[[0, *range(1, size + 1)]] for size in sizes]
+    nodes = sorted(size + 1 for size in sizes)
+    ways = [_cut(nodes, cuts) for cuts in itertools.product([False, True], repeat=max(0, len(nodes) - 1))]
+    best = min(
+        sum(max(part) * len(part) + 64 for part in parts)
+        for parts in ways
+        if all(max(part) * len(part) <= max_tokens or len(part) == 1 for part in parts)
+    )
+    planned = [forest for forest, _ in plan_forests(many, max_tokens=max_tokens)]
+    assert sum(f.num_trees * f.max_tree_nodes + 64 for f in planned) == best
+
+
+def _cut(nodes: list[int], cuts: tuple[bool, ...]) -> list[list[int]]:
+    parts: list[list[int]] = [nodes[:1]] if nodes else []
+    for size, cut in zip(nodes[1:], cuts, strict=True):
+        parts.append([size]) if cut else parts[-1].append(size)
+    return parts
 
 
 def test_refusals() -> None:

@@ -198,6 +198,7 @@ def test_head_that_is_not_plain(monkeypatch) -> None:
     forest = build_forest(trees)
     for budget in (1, 4000, 8_000_000):
         monkeypatch.setattr(forest_module, "_LOGITS_AT_ONCE", budget)
+        monkeypatch.setattr(forest_module, "_LEAST_ROWS_AT_ONCE", 1)
         got = forest.sequence_scores(ForestScorer(model)(forest))
         assert np.abs(got - naive_scores(model, trees)).max() < NATS
 
@@ -207,6 +208,7 @@ def test_small_chunks_give_the_same(budget: int, monkeypatch) -> None:
     model, forest = make_model("llama"), build_forest(random_trees())
     expected = ForestScorer(model)(forest)
     monkeypatch.setattr(forest_module, "_LOGITS_AT_ONCE", budget)
+    monkeypatch.setattr(forest_module, "_LEAST_ROWS_AT_ONCE", 1)
     monkeypatch.setattr(forest_module, "_NAIVE_LOGITS_AT_ONCE", budget)
     assert ForestScorer(model)(forest) == pytest.approx(expected, abs=1e-5)
     flat = [ids for tree in random_trees() for ids in tree]

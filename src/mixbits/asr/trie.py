@@ -27,6 +27,8 @@ from mixbits.errors import DataError, SpecError
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
+_PASS_POSITIONS = 64  # what a forward pass costs besides its positions, in positions
+
 
 @dataclass(frozen=True)
 class TokenForest:
@@ -212,9 +214,9 @@ def plan_forests(
 ) -> Iterator[tuple[TokenForest, list[tuple[int, int]]]]:
     """Forests over all lists, each with the (list, hypothesis) of every sequence in it.
 
-    Trees are sorted by size, so that rows of a forest are about equally long, and number of trees × largest tree is
-    at most ``max_tokens``, so that memory does not depend on the lists. A list whose trie is larger is cut into
-    several trees; only a single sequence longer than ``max_tokens`` exceeds it, alone. ``merge_order``: see :func:`build_forest`.
+    Trees are sorted by size and divided so that padded positions (trees × largest tree) and the cost of each forest's own pass are
+    least, where trees × largest tree is at most ``max_tokens``, so that memory does not depend on the lists. A list whose trie is larger
+    is cut into several trees; only a single sequence longer than ``max_tokens`` exceeds it, alone. ``merge_order``: see :func:`build_forest`.
     """
     trees: list[tuple[int, int, list[int]]] = []
     for number, sequences in enumerate(lists):
@@ -223,14 +225,22 @@ def plan_forests(
                 size = build_forest([[sequences[index] for index in part]], merge_order=merge_order).num_nodes
             trees.append((size, number, part))
     trees.sort(key=lambda tree: tree[:2])
-    batch: list[tuple[int, int, list[int]]] = []
-    for tree in trees:
-        if batch and tree[0] * (len(batch) + 1) > max_tokens:
-            yield _forest_of(lists, batch, merge_order)
-            batch = []
-        batch.append(tree)
-    if batch:
-        yield _forest_of(lists, batch, merge_order)
+    for start, stop in pairwise(_bounds([size for size, _, _ in trees], max_tokens)):
+        yield _forest_of(lists, trees[start:stop], merge_order)
+
+
+def _bounds(sizes: Sequence[int], max_tokens: int) -> list[int]:
+    """Where to cut ascending tree sizes into forests, the ends included: the least cost by dynamic programming."""
+    costs, starts = [0], [0]
+    for stop, size in enumerate(sizes, 1):
+        first = max(0, stop - max(1, max_tokens // size))
+        cost, start = min((costs[cut] + size * (stop - cut) + _PASS_POSITIONS, cut) for cut in range(first, stop))
+        costs.append(cost)
+        starts.append(start)
+    bounds = [len(sizes)]
+    while bounds[-1]:
+        bounds.append(starts[bounds[-1]])
+    return bounds[::-1]
 
 
 def _forest_of(

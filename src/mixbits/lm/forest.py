@@ -31,7 +31,8 @@ from mixbits.lm.loss import has_plain_head, hidden_states
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-_LOGITS_AT_ONCE = 8_000_000
+_LOGITS_AT_ONCE = 2_000_000
+_LEAST_ROWS_AT_ONCE = 128  # of the output layer, so that its weights are not read for a few rows only
 _NAIVE_LOGITS_AT_ONCE = 64_000_000
 _EXACT_LAYERS = {"full_attention", "sliding_attention"}
 _CHECK_TOLERANCE_NATS = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -191,7 +192,7 @@ class ForestScorer:
         index = torch.from_numpy(distinct).to(states.device)
         targets, owners = torch.from_numpy(tokens).to(states.device), torch.from_numpy(owner).to(states.device)
         found = torch.empty(len(tokens), dtype=torch.float32, device=states.device)
-        chunk = max(1, _LOGITS_AT_ONCE // self.vocabulary_size)
+        chunk = max(_LEAST_ROWS_AT_ONCE, _LOGITS_AT_ONCE // self.vocabulary_size)
         for start in range(0, len(distinct), chunk):
             low, high = (int(bound) for bound in np.searchsorted(owner, [start, start + chunk]))
             picked = states[index[start : start + chunk]]
