@@ -2,16 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from mixbits.errors import DataError
 from mixbits.lm.checkpoint import load_model, model_hash
-from mixbits.lm.corpus import read_sentences
+from mixbits.lm.corpus import TokenStream, read_sentences
 from mixbits.lm.perplexity import perplexity
 from mixbits.lm.presets import ModelSize
 from mixbits.lm.train_settings import TrainSettings
 from mixbits.lm.trainer import LMTrainer
 from mixbits.pipeline import train as train_module
+from mixbits.pipeline.checks import check_learned
 from mixbits.pipeline.prepare import split_sentences, split_text, training_context
 from mixbits.pipeline.settings import Vocabulary
 from mixbits.pipeline.train import train_from_text
@@ -167,3 +169,26 @@ def test_training_context_is_the_models_but_not_more_than_asked(make_model, tmp_
     model, _ = load_model(make_model(tmp_path / "m"))
     assert training_context(model) == 16
     assert training_context(model, 8) == 8
+
+
+def test_a_model_that_learned_only_word_frequencies_is_named(texts, tmp_path, caplog):
+    train(texts / "train.txt", tmp_path / "good", valid=texts / "valid.txt", epochs=3)
+    assert "word frequencies" not in caplog.text
+    train(texts / "train.txt", tmp_path / "bad", valid=texts / "valid.txt", learning_rate=1e-6, epochs=0.1)
+    assert "nothing was learned from context" in caplog.text
+    assert f"{tmp_path / 'bad'}: validation loss" in caplog.text
+
+
+def test_the_loss_of_word_frequencies(caplog):
+    """Training tokens 1 1 1 0 and one more for each of three types: (2, 4, 1) / 7; validation tokens 1 2."""
+    train_stream, valid_stream = (
+        TokenStream(np.array([0, *ids], np.int32), np.zeros(len(ids), np.int32), len(ids), 0, "")
+        for ids in ([1, 1, 1, 0], [1, 2])
+    )
+    nats = -(math.log(4 / 7) + math.log(1 / 7)) / 2
+    check_learned(nats - 0.03, train_stream, valid_stream, "m")
+    assert not caplog.text
+    check_learned(nats - 0.01, train_stream, valid_stream, "m")
+    assert (
+        f"m: validation loss {nats - 0.01:.3f} nats a token, and word frequencies alone give {nats:.3f}" in caplog.text
+    )

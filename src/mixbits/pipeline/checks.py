@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mixbits.errors import DataError
@@ -16,6 +17,7 @@ from mixbits.lm.corpus import TokenStream
 
 _logger = logging.getLogger(__name__)
 _TOO_MANY_UNKNOWN, _MANY_UNKNOWN = 0.5, 0.2
+_LEARNED_NATS = 0.02
 
 
 def check_full_precision(model: Any, where: str | Path) -> None:
@@ -45,6 +47,22 @@ def check_text(stream: TokenStream, context: int, where: str | Path) -> None:
         )
     if share > _MANY_UNKNOWN:
         _logger.warning("%s: %.0f %% of its words are unknown to the model's tokenizer", where, 100 * share)
+
+
+def check_learned(valid_nats: float, train: TokenStream, valid: TokenStream, where: str | Path) -> None:
+    """Log a warning when a trained model's validation loss (nats a token) is no better than that of word frequencies.
+
+    Frequencies: those of the training tokens, each counted once more than it occurs.
+    """
+    num_types = 1 + int(max(train.ids.max(), valid.ids.max()))
+    counts = np.bincount(train.ids[1:], minlength=num_types) + 1
+    frequencies_nats = -float(np.log(counts / counts.sum())[valid.ids[1:]].mean())
+    if valid_nats > frequencies_nats - _LEARNED_NATS:
+        _logger.warning(
+            "%s: validation loss %.3f nats a token, and word frequencies alone give %.3f: nothing was learned from context; train longer, "
+            "or with a lower learning rate or a longer warm-up",
+            where, valid_nats, frequencies_nats,
+        )  # fmt: skip
 
 
 def check_file(path: Path) -> None:

@@ -13,7 +13,7 @@ from mixbits.lm.corpus import encode
 from mixbits.lm.presets import ModelSize, build_model
 from mixbits.lm.tokenizer import load_tokenizer, word_tokenizer
 from mixbits.lm.train import TrainSettings, last_complete_checkpoint, train_model
-from mixbits.pipeline.checks import check_text
+from mixbits.pipeline.checks import check_learned, check_text
 from mixbits.pipeline.prepare import PreparedText, split_sentences
 from mixbits.pipeline.rows import TrainedRow, figures_log, fingerprint, run_row
 from mixbits.pipeline.settings import ExperimentSettings, Vocabulary
@@ -39,6 +39,7 @@ def train_full(
             title="full",
             show_progress=show_progress,
         )
+        check_learned(found["valid_nats"], text.train, text.valid, folder)
         save_model(model.eval(), text.tokenizer, model_folder)
         return {
             "valid_nats": found["valid_nats"],
@@ -138,6 +139,7 @@ def train_from_text(
             if last_complete_checkpoint(work) is None:
                 shutil.rmtree(work, ignore_errors=True)
             raise
+        check_learned(found["valid_nats"], train, held_out, output)
         save_model(model.eval(), tokenizer, output)
         shutil.rmtree(work, ignore_errors=True)
     return {
