@@ -21,8 +21,7 @@ from mixbits.asr.nbest import one_best_texts, reference_texts
 from mixbits.asr.significance import mapsswe
 from mixbits.asr.wer import sum_errors
 from mixbits.pipeline.history import History
-from mixbits.pipeline.lm_scores import SpeechModel
-from mixbits.pipeline.rescore import ScoreSettings, rescore_list
+from mixbits.pipeline.rescore import MODEL, ScoreSettings, rescore_list
 from mixbits.runs import versions, write_json
 
 
@@ -30,9 +29,9 @@ def measure(model: Path, history: Any, tokens: int, dev: Path, test: Path) -> tu
     """One-bests of the test list and what is recorded of them."""
     settings = ScoreSettings(history=history, max_history_tokens=tokens)
     done = rescore_list(test, model, dev=dev, settings=settings)
-    weights = done.weights["model"]
-    texts = one_best_texts(done.lists)
-    return texts, {"model_positions": done.lm.num_nodes, "dev_errors": weights.dev_errors}
+    weights = done.weights[MODEL]
+    row = {"model_hash": weights.model_hash, "model_positions": done.lm.num_nodes, "dev_errors": weights.dev_errors}
+    return one_best_texts(done.lists), row
 
 
 def main() -> None:
@@ -53,6 +52,7 @@ def main() -> None:
     texts: dict[str, list[str]] = {}
     for history in get_args(History):
         texts[history], row = measure(options.model, history, options.history_tokens, dev, test)
+        model_hash = row.pop("model_hash")
         errors = sum_errors(references, texts[history])
         row |= {"wer": errors.wer, "errors": errors.num_errors}
         if history != "none":
@@ -62,7 +62,7 @@ def main() -> None:
         print(history, row, file=sys.stderr, flush=True)
     write = {
         "benchmark": "earlier utterances as context", "test": options.test, "history_tokens": options.history_tokens,
-        "model_hash": SpeechModel(options.model).model_hash, "data_hash": lists.data_hash, "histories": found,
+        "model_hash": model_hash, "data_hash": lists.data_hash, "histories": found,
         "versions": versions(),
     }  # fmt: skip
     if options.output is not None:

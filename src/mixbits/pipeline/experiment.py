@@ -273,8 +273,9 @@ def _rescore(
     from mixbits.pipeline.ngram import train_ngram
     from mixbits.pipeline.rescore import rescore_systems
 
-    ngram, sentences = settings.speech.ngram or SpeechNgram(), training_sentences(settings.text)
-    model = train_ngram(sentences, tokenizer, order=ngram.order, prune=ngram.prune) if settings.speech.ngram else None
+    model, ngram = None, settings.speech.ngram or SpeechNgram()
+    if settings.speech.ngram is not None:
+        model = train_ngram(training_sentences(settings.text), tokenizer, order=ngram.order, prune=ngram.prune)
     return rescore_systems(
         {name: row.model for name, row in trained.items()},
         settings.speech.dev,
