@@ -291,6 +291,10 @@ def bits_per_weight(inventory: ModelInventory, num_bytes: int) -> float:
     return 8 * num_bytes / inventory.num_parameters
 
 
+DEFAULT_SPECS = ("1-row-s8", "1.58-row-s8", "2-row-s8", "3-row-s8", "4-row-s8", "8-row-s8")
+"""What bits are learned among if nothing is said: one byte a scale, the best of the formats compared in docs/methods.md."""
+
+
 def parse_specs(texts: Iterable[str | float]) -> tuple[QuantSpec, ...]:
     """Parse several specs, dropping repeats, keeping the order."""
     return tuple(dict.fromkeys(QuantSpec.parse(t) for t in texts))

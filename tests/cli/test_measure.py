@@ -11,6 +11,7 @@ def test_measure_then_allocate(tiny_world, tmp_path, capsys):
     output = tmp_path / "s.json"
     text = str(tiny_world / "text.txt")
     command = ["measure", str(tiny_world / "full"), "--text", text, "--probes", "2", "--batch", "3", "--seed", "7"]
+    command += ["--measure", "hessian"]
     assert main([*command, "--specs", "1, 2,4", "-o", str(output)]) == 0
     said = capsys.readouterr().out
     found = read_sensitivities(output)

@@ -5,6 +5,7 @@ import pytest
 from mixbits.cli.main import main
 from mixbits.quant.sensitivity import read_sensitivities
 from mixbits.runs import read_json
+from mixbits.spec import BitAllocation
 
 
 def arguments(world, output, *more):
@@ -25,18 +26,24 @@ def arguments(world, output, *more):
 
 
 def test_search_then_allocate(tiny_world, tmp_path, capsys):
-    output, preferences = tmp_path / "s.json", tmp_path / "p.json"
+    output, preferences, best = tmp_path / "s.json", tmp_path / "p.json", tmp_path / "best.json"
     more = ["--bytes", "3800", "--batch-size", "4", "--arch-every", "2", "--preferences", str(preferences)]
+    more += ["--allocation", str(best)]
     assert main(arguments(tiny_world, output, *more)) == 0
     said = capsys.readouterr().out
     assert f"wrote {output}" in said
     assert "1-best: " in said
     assert "integer program: " in said
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.json", "s.json"]  # no work folder is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.json", "p.json", "s.json"]  # no work folder is left
     found = read_sensitivities(output)
     assert found.measure == "search"
     assert found.provenance["budget_bytes"] == 3800
     assert len(read_json(preferences)["history"]) == found.provenance["architecture_steps"]
+    chosen = BitAllocation.from_json(read_json(best))
+    assert chosen.provenance["method"].startswith("most probable choice of the search")
+    assert chosen.provenance["predicted_bytes"] <= 3800
+    repaired = chosen.provenance["repaired"]
+    assert ("solver_input_sha256" in chosen.provenance) == repaired
     budget = ["--bytes", "3800", "-o", str(tmp_path / "a.json"), "--model", str(tiny_world / "full")]
     assert main(["allocate", str(output), *budget]) == 0
     first = output.read_bytes()

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from mixbits.cli.main import main
+from mixbits.pipeline.manifest import write_manifest
 from mixbits.spec import BitAllocation, QuantSpec
 
 FILE = "model.safetensors"
@@ -109,3 +110,17 @@ def test_damaged_models_are_not_archived(copy, capsys):
     (copy / FILE).write_bytes((copy / FILE).read_bytes()[:-1])
     assert main(["archive", str(copy)]) == 2
     assert "cut short" in capsys.readouterr().err
+
+
+def test_a_run_is_held_against_its_manifest(copy, tmp_path, capsys):
+    run = tmp_path / "run"
+    for seed in (0, 1):
+        (run / f"seed-{seed}").mkdir(parents=True)
+        (run / f"seed-{seed}" / "figures.json").write_text('{"loss": 1}')
+        write_manifest(run / f"seed-{seed}", seed=seed, settings={}, data={}, models={"full": copy})
+    assert main(["verify", str(run)]) == 0
+    assert "good. 2 file(s) of the run are as 2 manifest(s) say" in capsys.readouterr().out
+    (run / "seed-1" / "figures.json").write_text('{"loss": 2}')
+    assert main(["verify", str(run / "seed-0")]) == 0
+    assert main(["verify", str(run)]) == 2
+    assert "seed-1: 1 file(s) are not as manifest.json says: figures.json: changed" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import torch
 from mixbits.errors import DataError
 from mixbits.lm.guards import (
     describe_gradients,
+    describe_largest,
     exploded_training,
     exploded_validation,
     first_bad_module,
@@ -239,7 +240,8 @@ def test_an_exploding_training_loss_stops(tmp_path, monkeypatch):
 @pytest.mark.parametrize("learning_rate", [3.0, 12.0])
 def test_a_learning_rate_that_is_bad_from_the_first_log_on_stops(kind, learning_rate, tmp_path):
     with pytest.raises(
-        DataError, match=rf"training loss exploded: .* \(limit .*lower learning_rate \(now {learning_rate:g}\)"
+        DataError,
+        match=rf"training loss exploded: .* \(limit .*largest output: that of \S+ \(root .*lower learning_rate \(now {learning_rate:g}\)",
     ):
         job.run(tmp_path, kind, learning_rate=learning_rate, schedule="constant")
 
@@ -270,7 +272,31 @@ def test_an_exploding_validation_loss_stops_before_the_checkpoint(kind, last, tm
 
     monkeypatch.setattr(module, "token_nll", explode)
     with pytest.raises(
-        DataError, match=r"validation loss rose to 5\d\.\d+ nats.* at step .*guessing|guessing among 27"
-    ):
+        DataError, match=r"validation loss rose to 5\d\.\d+ nats.*guessing among 27.* at step"
+    ) as stopped:
         job.run(tmp_path, kind)
     assert last_complete_checkpoint(tmp_path).name == f"checkpoint-{last}"
+    assert re.search(
+        r"the last good checkpoint is kept: \S+checkpoint-5 \(\d\.\d+ nats per token\)$", str(stopped.value)
+    )
+
+
+def test_a_checkpoint_of_an_exploded_run_is_not_called_good(tmp_path, monkeypatch):
+    module = sys.modules[LMTrainer.__module__]
+    original, calls = module.token_nll, []
+
+    def explode(model, ids):  # above guessing from the first validation on, and rising
+        calls.append(1)
+        return original(model, ids) + 50.0 * len(calls)
+
+    monkeypatch.setattr(module, "token_nll", explode)
+    with pytest.raises(DataError, match=r"no checkpoint is a good one \(best: 5\d\.\d+ nats per token\)"):
+        job.run(tmp_path, "none")
+
+
+def test_the_layer_with_the_largest_output_is_named():
+    model = job.model()
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc2.weight.mul_(1e6)
+    said = describe_largest(model, torch.ones(2, 5, dtype=torch.long))
+    assert re.fullmatch(r"; largest output: that of model\.decoder\.layers\.0\.fc2 \(root mean square \S+\)", said)

@@ -18,11 +18,12 @@ from mixbits.pipeline import quantize
 from mixbits.pipeline.manifest import verify_manifest
 from mixbits.pipeline.rows import TrainedRow
 from mixbits.pipeline.settings import MeasureSettings, QuantizeSettings
+from mixbits.quant.guard import uniform_allocations
 from mixbits.quant.units import find_units
 from mixbits.runs import read_json
-from mixbits.spec import BitAllocation, QuantSpec, predicted_bytes
+from mixbits.spec import BitAllocation, QuantSpec, parse_specs, predicted_bytes
 
-MEASURE = MeasureSettings(num_probes=2, num_blocks=4)
+MEASURE = MeasureSettings(measure="hessian", num_probes=2, num_blocks=4, specs=("1", "1.58", "2", "3", "4", "8"))
 
 
 def quick(method="straight-through", **more):
@@ -228,6 +229,11 @@ def test_uniform_bits_win_where_learned_ones_lose(tmp_path, trained, texts, monk
     assert "loses to uniform" in done.guard
     assert done.guard.endswith("is returned")
     assert "1-papers-row" not in {str(s) for s in done.allocation.specs.values()}
+    work = tmp_path / "out.work"
+    assert read_json(work / "allocation.json")["specs"] == {u: str(s) for u, s in done.allocation.specs.items()}
+    inputs = read_json(work / "manifest.json")["solver_inputs"]
+    assert inputs["learned"]["solver_input_sha256"] is not None
+    assert inputs["learned"]["specs_sha256"] != inputs["packed"]["specs_sha256"]
     assert done.file_bytes == os.path.getsize(tmp_path / "out" / "model.safetensors") <= 6000
     without = run(trained, texts, tmp_path / "out", max_bytes=6000, guard=False, overwrite=True)
     assert without.guard is None
@@ -241,6 +247,25 @@ def test_learned_bits_stand_where_they_win(tmp_path, trained, texts):
     again = run(trained, texts, tmp_path / "out", max_bytes=5200, train=False)
     assert again.guard == done.guard
     assert verify_manifest(tmp_path / "out.work") == []
+
+
+def test_the_guard_says_so_where_there_is_nothing_to_compare_with(tmp_path, trained, texts):
+    least = uniform_allocations(find_units(load_model(trained)[0]), parse_specs(["1"]), 10**9)[0]
+    smallest = min(run_size(trained, spec) for spec in ("1", "2"))
+    done = run(trained, texts, tmp_path / "out", max_bytes=smallest, train=False)
+    assert done.guard == "the learned bits are uniform ones: uniform 1-papers-row, position tables too"
+    assert done.file_bytes < least.provenance["predicted_bytes"]
+    few = MeasureSettings(measure="hessian", num_probes=1, num_blocks=1, specs=("4", "8"))
+    done = run(trained, texts, tmp_path / "few", max_bytes=9000, train=False, measure=few)
+    assert any("one probe" in note for note in done.notes)
+
+
+def run_size(model, spec):
+    """Bytes of the file with everything, position tables too, at one spec."""
+    inventory = find_units(load_model(model)[0])
+    return predicted_bytes(
+        inventory, BitAllocation(dict.fromkeys((u.name for u in inventory.units), QuantSpec.parse(spec)))
+    )
 
 
 def test_the_guard_compares_on_a_single_sentence_without_a_standard_error(tmp_path, trained, texts):

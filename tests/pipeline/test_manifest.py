@@ -61,7 +61,7 @@ def test_one_seed_one_manifest(runs, trained):
     assert "train_seconds" in manifest["files"][row]["without"]
     weights = next(name for name in manifest["files"] if name.endswith("model.safetensors"))
     assert manifest["files"][weights] == {"sha256": hash_file(work / weights)}
-    assert [entry["measure"] for entry in manifest["measures"]] == ["hessian"]
+    assert [entry["measure"] for entry in manifest["measures"]] == ["fisher"]
     assert manifest["seed"] == 0
     assert set(manifest["solver_inputs"]["packed"]) == {"solver_input_sha256", "specs_sha256"}
     assert set(manifest["files"]) == {

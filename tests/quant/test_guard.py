@@ -81,4 +81,9 @@ def test_uniform_allocations_are_all_that_fit_largest_first():
     assert [a.specs["a"] for a in found] == list(parse_specs(["4", "2", "1.58", "1"]))
     assert [a.provenance["predicted_bytes"] for a in found] == [sizes[a.specs["a"]] for a in found]
     assert found[-1].specs == BitAllocation.uniform(inventory, QuantSpec(1)).specs
-    assert uniform_allocations(inventory, specs, sizes[QuantSpec(1)] - 1) == ()
+    everywhere = BitAllocation(dict.fromkeys(("a", "embed_positions"), QuantSpec(1)))
+    smallest = predicted_bytes(inventory, everywhere)
+    (last,) = uniform_allocations(inventory, specs, smallest)  # too small for position tables of 4 bits
+    assert dict(last.specs) == dict(everywhere.specs)
+    assert last.provenance["method"] == "uniform 1-papers-row, position tables too"
+    assert uniform_allocations(inventory, specs, smallest - 1) == ()

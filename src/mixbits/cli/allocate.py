@@ -154,6 +154,8 @@ def _print_table(measured: Sensitivities, found: BitAllocation) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from mixbits.quant.allocate import allocation_notes
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -181,15 +183,6 @@ def _print_table(measured: Sensitivities, found: BitAllocation) -> None:
         f"predicted loss increase before training: {facts['predicted_loss_increase_nats']:.4g} nats per token"
         + (f", at most {facts['gap_nats']:.1g} above the optimum" if facts["gap_nats"] else ", the optimum"),
     ]
-    larger = facts["next_larger"]
-    if larger is not None:
-        proved = "the next size that helps" if larger["proved_smallest"] else "a larger size that helps"
-        lines.append(
-            f"{facts['unused_bytes']:,} bytes stay unused; {proved} is {larger['bytes']:,} bytes "
-            f"({larger['predicted_loss_increase_nats']:.4g} nats)"
-        )
-    clamped = facts["negative_sensitivities_clamped_to_zero"]
-    if clamped:
-        lines.append(f"{len(clamped)} unit(s) with a negative sensitivity counted as 0: {', '.join(clamped[:5])}")
+    lines += allocation_notes(found)
     for line in lines:
         console.print(line, highlight=False, markup=False)

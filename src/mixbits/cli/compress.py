@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mixbits.spec import DEFAULT_SPECS
+
 
 def main(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Full-precision model directory.")],
@@ -21,10 +23,10 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
     batch_size: Annotated[int, typer.Option(help="Blocks a step.")] = 16,
     by: Annotated[
-        str, typer.Option("--measure", help="What bits are learned by: hessian, fisher, kl or loss.")
-    ] = "hessian",
+        str, typer.Option("--measure", help="What bits are learned by: fisher, hessian, kl or loss.")
+    ] = "fisher",
     probes: Annotated[int, typer.Option(help="Probes of the Hessian trace.")] = 50,
-    specs: Annotated[str, typer.Option(help="Specs to choose among.")] = "1,1.58,2,3,4,8",
+    specs: Annotated[str, typer.Option(help="Specs to choose among.")] = ",".join(DEFAULT_SPECS),
     no_guard: Annotated[
         bool,
         typer.Option("--no-guard", help="Do not train uniform bits of equal bytes to compare with (half the time)."),
@@ -64,3 +66,5 @@ def main(
     typer.echo(written(done.directory, done, archive=archive))
     if done.guard is not None:
         typer.echo(done.guard)
+    for note in done.notes:
+        typer.echo(f"note: {note}")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixbits.spec import DEFAULT_SPECS
+
 if TYPE_CHECKING:
     from mixbits.quant.sensitivity import Sensitivities
 
@@ -19,12 +21,12 @@ def main(
         "sensitivities.json"
     ),
     measure: Annotated[
-        str, typer.Option(help="hessian, fisher, kl (full against one unit quantized) or loss (measured).")
-    ] = "hessian",
+        str, typer.Option(help="fisher, hessian, kl (full against one unit quantized) or loss (measured).")
+    ] = "fisher",
     probes: Annotated[int, typer.Option(help="Random probes of the Hessian trace.")] = 50,
     blocks: Annotated[int, typer.Option("--blocks", "--batch", help="Blocks of text to measure on.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of probes, drawn targets and blocks.")] = 0,
-    specs: Annotated[str, typer.Option(help="Specs to measure, separated by commas.")] = "1,1.58,2,3,4,8",
+    specs: Annotated[str, typer.Option(help="Specs to measure, separated by commas.")] = ",".join(DEFAULT_SPECS),
     around: Annotated[
         Path | None,
         typer.Option(metavar="ALLOCATION", help="Hold the other units at this allocation file.", show_default=False),

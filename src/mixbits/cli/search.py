@@ -20,6 +20,9 @@ def main(
     preferences: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write probabilities and the log of every step.")
     ] = None,
+    allocation: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the 1-best allocation, for mixbits quantize.")
+    ] = None,
     ratio: Annotated[float | None, typer.Option(help="Times smaller than 4 bytes a parameter.")] = None,
     max_bytes: Annotated[int | None, typer.Option("--bytes", help="Bytes of the packed weight file.")] = None,
     bits_per_weight: Annotated[float | None, typer.Option(help="Stored bits a weight, everything counted.")] = None,
@@ -62,7 +65,7 @@ def main(
         "relaxation": relaxation, "mode": mode, "granularity": granularity, "beta": beta, "basis": basis, "seed": seed,
     }  # fmt: skip
     settings = validate(SearchSettings, data, where="mixbits search")
-    for path in filter(None, (output, preferences)):
+    for path in filter(None, (output, preferences, allocation)):
         check_file(path)
     network, tokenizer = load_model(model)
     check_full_precision(network, model)
@@ -80,8 +83,10 @@ def main(
         write_sensitivities(output, found.sensitivities)
         if preferences is not None:
             write_json(preferences, found.preferences.to_json())
+        if allocation is not None:
+            write_json(allocation, found.one_best.to_json())
     _print(found)
-    typer.echo(f"wrote {output}")
+    typer.echo("wrote " + ", ".join(str(path) for path in (output, preferences, allocation) if path is not None))
 
 
 def _print(found: SearchResult) -> None:

@@ -1,8 +1,9 @@
 """What stops a training run that has gone wrong, and how the place is named.
 
 A loss or gradient that is not finite, and a loss that explodes, from the first step on too, end the run with a DataError before the
-state is written, so that every checkpoint on disk is a good one. The first bad place is found by looking at the parameters, then at every module's output in the
-order of the forward pass (dropout off, one sequence at a time), and for gradients by the parameter nearest the output.
+state is written: every checkpoint on disk is finite, and the message names the last good one, if any is. The first bad place is found by
+looking at the parameters, then at every module's output in the order of the forward pass (dropout off, one sequence at a time), and for
+gradients by the parameter nearest the output. Where all is finite and the loss explodes, the layer with the largest output is named.
 
 Limits: a value that is only bad with dropout on is reported without a layer.
 """
@@ -62,6 +63,30 @@ def first_bad_module(model: Any, inputs: torch.Tensor) -> str | None:
     return None
 
 
+@torch.no_grad()
+def describe_largest(model: Any, inputs: torch.Tensor) -> str:
+    """The layer whose output is largest in the forward pass of ``inputs`` (B, T): '; largest output: that of ...'."""
+    found = dict[str, float]()
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                found[name] = float(output.float().square().mean().sqrt())
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
+    try:
+        with evaluation_mode(model):
+            model(input_ids=inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    name = max(found, key=lambda n: found[n])
+    return f"; largest output: that of {name} (root mean square {found[name]:.3g})"
+
+
 def describe_forward(model: Any, inputs: torch.Tensor) -> str:
     """Where a forward pass goes wrong: '; first not finite: ...'."""
     bad = first_bad_parameter(model.named_parameters())
@@ -102,15 +127,19 @@ def _first(losses: Sequence[float]) -> float:
     return losses[0]
 
 
+def validation_limit(vocabulary: int) -> float:
+    """Validation loss in nats per token above which a model is not a good one: guessing, and 2 nats more."""
+    return math.log(vocabulary) + 2
+
+
 def exploded_validation(losses: Sequence[float], vocabulary: int, *, patience: int) -> str | None:
     """What to say when validation has risen above guessing by more than 2 nats after having been below, or is stuck; else None.
 
     ``patience``: that many validations in a row. Stuck: never was at or below 3 ln(vocabulary), and the last ``patience`` + 1 of at least
     ``patience`` + 2 validations are no lower than the first ones.
     """
-    guessing = math.log(vocabulary)
+    guessing, limit = math.log(vocabulary), validation_limit(vocabulary)
     words = f"guessing among {vocabulary:,} words costs {guessing:.4g}"
-    limit = guessing + 2
     last, before = losses[-patience:], losses[:-patience]
     if before and min(before) <= limit < min(last):
         return f"validation loss rose to {last[-1]:.4g} nats per token after {min(before):.4g}; {words} (limit {limit:.4g})"

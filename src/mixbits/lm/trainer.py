@@ -27,9 +27,11 @@ from mixbits.lm.corpus import BlockDataset
 from mixbits.lm.guards import (
     describe_forward,
     describe_gradients,
+    describe_largest,
     exploded_training,
     exploded_validation,
     first_bad_parameter,
+    validation_limit,
 )
 from mixbits.lm.loss import evaluation_mode, token_nll, training_loss
 from mixbits.lm.teacher_cache import TeacherCache
@@ -114,6 +116,7 @@ class LMTrainer(Trainer):
         self.method, self.teacher, self.settings = method, teacher, settings
         self.precision, self.cache = precision, cache
         self.lm: Any = self.model
+        self._last_ids: torch.Tensor | None = None
         self.loss_is_scaled_for_ga = False  # training_loss is a per-batch mean
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -194,6 +197,7 @@ class LMTrainer(Trainer):
 
     def _forward_backward(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's step; the weights that gave a bad loss are still in place when the layer is looked for."""
+        self._last_ids = inputs["input_ids"]
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._check_finite("training", float(loss), self.state.global_step + 1, inputs["input_ids"])
         return loss
@@ -204,15 +208,23 @@ class LMTrainer(Trainer):
                 where = describe_forward(self.lm, input_ids[:, :-1].to(self.args.device))
             raise self._stopped(f"{kind} loss is {loss} at step {step}", where)
 
-    def _stopped(self, what: str, where: str = "") -> DataError:
-        """The error that ends a run gone wrong: what, where, which checkpoints are good, what to do."""
+    def _stopped(self, what: str, where: str = "", *, exploded: bool = False) -> DataError:
+        """The error that ends a run gone wrong: what, where, which checkpoint is good, what to do.
+
+        The newest checkpoint is good if the loss became infinite of a sudden; where it ``exploded``, the best one, if it
+        was ever low.
+        """
         newest, kept = last_complete_checkpoint(self.args.output_dir or "."), "no checkpoint was written yet"
-        if newest is not None:
+        best, metric = self.state.best_global_step, self.state.best_metric
+        if newest is not None and metric is not None and exploded:
+            limit = validation_limit(self.lm.config.get_text_config().vocab_size)
+            kept = f"no checkpoint is a good one (best: {metric:.4g} nats per token)"
+            if metric <= limit:
+                kept = f"the last good checkpoint is kept: {newest.with_name(f'checkpoint-{best}')} ({metric:.4g} nats per token)"
+        elif newest is not None:
             kept = f"the last good checkpoint is kept: {newest}"
-            if self.state.best_metric is not None:
-                kept += (
-                    f" (best: checkpoint-{self.state.best_global_step}, {self.state.best_metric:.4g} nats per token)"
-                )
+            if metric is not None:
+                kept += f" (best: checkpoint-{best}, {metric:.4g} nats per token)"
         return DataError(
             f"{what}{where}; expected a finite and falling value: train again with a lower learning_rate "
             f"(now {self.args.learning_rate:g}); {kept}"
@@ -230,7 +242,13 @@ class LMTrainer(Trainer):
             losses, patience = [e["eval_loss"] for e in history if "eval_loss" in e], 2 if self.method else 1
             problem = exploded_validation(losses, vocabulary, patience=patience)
         if problem is not None:
-            raise self._stopped(f"{problem} at step {self.state.global_step}")
+            raise self._stopped(f"{problem} at step {self.state.global_step}", self._largest_output(), exploded=True)
+
+    def _largest_output(self) -> str:
+        if self._last_ids is None:
+            return ""
+        with self.compute_loss_context_manager():
+            return describe_largest(self.lm, self._last_ids[:, :-1].to(self.args.device))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -28,7 +28,7 @@ from mixbits.pipeline.quantize import train_and_pack
 from mixbits.pipeline.rows import TrainedRow, fingerprint, run_row
 from mixbits.pipeline.settings import MeasureSettings, QuantizeSettings
 from mixbits.pipeline.workplace import locked, work_folder
-from mixbits.quant.allocate import allocate, budget_bytes, check_budget
+from mixbits.quant.allocate import allocate, allocation_notes, budget_bytes, check_budget
 from mixbits.quant.guard import Measured, Winner, choose_winner, uniform_allocations
 from mixbits.quant.sensitivity import Sensitivities, read_sensitivities, write_sensitivities
 from mixbits.quant.units import find_units
@@ -54,6 +54,11 @@ class Compressed:
     def guard(self) -> str | None:
         """The verdict on learned against uniform bits, or None where it was not asked for."""
         return self.record.get("guard")
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know of the measuring (one probe, a single batch, …) and the allocation (unused bytes, units counted as 0)."""
+        return list(self.record.get("notes", ()))
 
 
 def compress(
@@ -144,19 +149,25 @@ class _Job:
 def _run(job: _Job, request: str, *, guard: bool, archive: bool) -> Compressed:
     """Measure, allocate, make the models, copy the winner to its place, and note what was done."""
     sensitivities = _measured(job)
-    allocation = allocate(job.inventory, sensitivities, max_bytes=job.budget)
-    write_json(job.work / "allocation.json", allocation.to_json())
-    row, record = _made(job, allocation, "learned bits"), dict[str, Any]()
+    learned = allocate(job.inventory, sensitivities, max_bytes=job.budget)
+    allocation, row, record = learned, _made(job, learned, "learned bits"), dict[str, Any]()
     if guard:
-        rivals = uniform_allocations(job.inventory, parse_specs(job.measure.specs), job.budget)[:1]
-        for rival in (r for r in rivals if r.specs != allocation.specs):
-            other = _made(job, rival, "uniform bits")
-            name = str(rival.provenance["method"])
+        rivals = uniform_allocations(job.inventory, parse_specs(job.measure.specs), job.budget)
+        if not rivals:
+            record["guard"] = f"no uniform bits fit {job.budget:,} bytes; the learned bits stand"
+        elif rivals[0].specs == learned.specs:
+            record["guard"] = f"the learned bits are uniform ones: {rivals[0].provenance['method']}"
+        else:
+            other = _made(job, rivals[0], "uniform bits")
+            name = str(rivals[0].provenance["method"])
             verdict = _compare(row, other, name, job.held_out, job.context, job.budget)
-            record = {"guard": verdict.sentence}
+            record["guard"] = verdict.sentence
             if not verdict.is_learned:
-                row, allocation = other, rival
-    record = row.record | record
+                row, allocation = other, rivals[0]
+    record = (
+        row.record | record | {"notes": [*sensitivities.provenance.get("warnings", ()), *allocation_notes(learned)]}
+    )
+    write_json(job.work / "allocation.json", allocation.to_json())
     _copy_directory(row.model, job.output, job.work, archive=archive)
     result = {"request": request, "weights_sha256": model_hash(job.output)}
     write_json(job.work / _RESULT_FILE, {**result, "allocation": allocation.to_json(), "record": record})
@@ -168,7 +179,7 @@ def _run(job: _Job, request: str, *, guard: bool, archive: bool) -> Compressed:
         data={"train": job.stream.sha256, "valid": job.held_out.sha256},
         models={"full": job.source, "packed": job.output},
         sensitivities=[sensitivities],
-        allocations={"packed": allocation},
+        allocations={"learned": learned, "packed": allocation},
     )
     return _result(job.output, allocation, record)
 

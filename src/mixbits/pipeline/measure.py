@@ -14,7 +14,7 @@ from mixbits.pipeline.settings import MeasureSettings
 from mixbits.quant.measures import MEASURES
 from mixbits.quant.sensitivity import Sensitivities
 from mixbits.quant.units import find_units
-from mixbits.spec import BitAllocation, parse_specs
+from mixbits.spec import DEFAULT_SPECS, BitAllocation, parse_specs
 
 MEASURE_NAMES: tuple[str, ...] = get_args(MeasureSettings.model_fields["measure"].annotation)
 """What ``MeasureSettings.measure`` may be."""
@@ -51,8 +51,8 @@ def measure_sensitivities(
     tokenizer: Any,
     text: str | Path,
     *,
-    measure: str = "hessian",
-    specs: Sequence[str] = ("1", "1.58", "2", "3", "4", "8"),
+    measure: str = "fisher",
+    specs: Sequence[str] = DEFAULT_SPECS,
     num_probes: int = 50,
     num_blocks: int = 32,
     context: int | None = None,

@@ -9,6 +9,7 @@ The model is left with the weights of the search; train the allocation from the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import torch
 
 from mixbits.errors import DataError
 from mixbits.lm.corpus import BlockDataset, TokenStream
+from mixbits.lm.guards import describe_forward
 from mixbits.lm.loss import evaluation_mode, training_loss
 from mixbits.lm.precision import Precision, resolve_precision
 from mixbits.lm.train import TrainSettings, last_complete_checkpoint, train_model, training_device
@@ -89,7 +91,14 @@ class HeldOutLoss:
         device = next(model.parameters()).device
         low = nullcontext() if self.precision == torch.float32 else torch.autocast(device.type, self.precision)
         with evaluation_mode(model), low:
-            return training_loss(model, self.batch(index).to(device))
+            rows = self.batch(index).to(device)
+            loss = training_loss(model, rows)
+            if not math.isfinite(value := float(loss.detach())):
+                raise DataError(
+                    f"held-out loss is {value} at architecture step {index + 1}{describe_forward(model, rows[:, :-1])}; expected a "
+                    "finite value: search again with a lower learning rate (the training checkpoints so far are kept)"
+                )
+        return loss
 
 
 def search_precisions(

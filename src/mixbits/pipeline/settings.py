@@ -18,6 +18,7 @@ from mixbits.errors import DataError, SpecError
 from mixbits.lm.presets import ModelSize
 from mixbits.lm.train_settings import TrainSettings
 from mixbits.pipeline.search_settings import SearchSettings
+from mixbits.spec import DEFAULT_SPECS
 
 Measure = Literal["hessian", "fisher", "kl", "loss"]
 
@@ -119,11 +120,11 @@ class QuantizeSettings(_Frozen):
 class MeasureSettings(_Frozen):
     """Sensitivities: which measure, and the blocks of training text it is taken on; probes are the Hessian's."""
 
-    measure: Literal["hessian", "fisher", "kl", "loss"] = "hessian"
+    measure: Literal["hessian", "fisher", "kl", "loss"] = "fisher"
     num_probes: int = Field(50, ge=1)
     num_blocks: int = Field(32, ge=1)
     micro_batch: int = Field(4, ge=1)
-    specs: tuple[str, ...] = ("1", "1.58", "2", "3", "4", "8")
+    specs: tuple[str, ...] = DEFAULT_SPECS
     seed: int = 0
 
 

@@ -142,3 +142,19 @@ def solution_facts(problem: Problem, sensitivities: Sensitivities, best: BitAllo
         "groups": [list(names) for names in problem.groups if len(names) > 1],
         "sensitivities": dict(sensitivities.provenance),
     }
+
+
+def allocation_notes(allocation: BitAllocation) -> list[str]:
+    """Sentences on what :func:`allocate` could not use or had to clamp: bytes between two sizes, negative sensitivities."""
+    facts, notes = allocation.provenance, []
+    larger = facts["next_larger"]
+    if larger is not None:
+        proved = "the next size that helps" if larger["proved_smallest"] else "a larger size that helps"
+        notes.append(
+            f"{facts['unused_bytes']:,} bytes stay unused; {proved} is {larger['bytes']:,} bytes "
+            f"({larger['predicted_loss_increase_nats']:.4g} nats)"
+        )
+    clamped = facts["negative_sensitivities_clamped_to_zero"]
+    if clamped:
+        notes.append(f"{len(clamped)} unit(s) with a negative sensitivity counted as 0: {', '.join(clamped[:5])}")
+    return notes

@@ -94,13 +94,16 @@ def uniform_allocations(
     inventory: ModelInventory, specs: Sequence[QuantSpec], max_bytes: int
 ) -> tuple[BitAllocation, ...]:
     """Every uniform allocation of ``specs`` whose file takes at most ``max_bytes``, largest file first; bytes and ratio in
-    provenance. Empty if none fits.
+    provenance. Where the higher bits of position tables do not fit, they have the same spec as everything else. Empty if none fits.
     """
     found = []
     for spec in dict.fromkeys(specs):
-        allocation = BitAllocation.uniform(inventory, spec)
-        size = predicted_bytes(inventory, allocation)
-        if size <= max_bytes:
-            facts = {"predicted_bytes": size, "compression_ratio": compression_ratio(inventory, size)}
-            found.append((size, BitAllocation(allocation.specs, {**allocation.provenance, **facts})))
+        usual = BitAllocation.uniform(inventory, spec)
+        same = BitAllocation(dict.fromkeys(usual.specs, spec), {"method": f"uniform {spec}, position tables too"})
+        for allocation in (usual, same):
+            size = predicted_bytes(inventory, allocation)
+            if size <= max_bytes:
+                facts = {"predicted_bytes": size, "compression_ratio": compression_ratio(inventory, size)}
+                found.append((size, BitAllocation(allocation.specs, {**allocation.provenance, **facts})))
+                break
     return tuple(allocation for _, allocation in sorted(found, key=lambda pair: -pair[0]))

@@ -198,6 +198,7 @@ def one_best(preferences: Preferences, *, max_bytes: int) -> BitAllocation:
     if wanted > max_bytes:
         by_probability = to_sensitivities(preferences, basis="probability")
         best = allocate(preferences.inventory, by_probability, max_bytes=max_bytes, groups=preferences.groups)
+        facts["solver_input_sha256"] = best.provenance["solver_input_sha256"]
     size = preferences.file_bytes(best)
     method = "most probable choice of the search"
     facts |= {

@@ -250,6 +250,12 @@ class SuperNet:
         self.before_forward(model)
         try:
             loss = self.held_out_loss(model, self.arch_steps)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise DataError(
+                    f"held-out loss is {value} at architecture step {self.arch_steps + 1}; expected a finite value: search again "
+                    "with a lower learning rate"
+                )
             wanted: list[torch.Tensor] = [*self._parameters(), *([] if self._shown is None else [self._shown])]
             found = torch.autograd.grad(loss, wanted, allow_unused=True)
         finally:
@@ -258,12 +264,6 @@ class SuperNet:
         shown = gradients.pop() if len(gradients) > len(self._parameters()) else None
         with torch.no_grad():
             self._gradient = self._probability_gradient(gradients, shown)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise DataError(
-                f"held-out loss is {value} at architecture step {self.arch_steps + 1}; expected a finite value: search again with a "
-                "lower learning rate"
-            )
         return value
 
     def _architecture_step(self, *, averaged: bool) -> None:
