@@ -7,7 +7,7 @@ import yaml
 
 from mixbits.errors import DataError, SpecError
 from mixbits.lm.train_settings import TrainSettings
-from mixbits.pipeline.settings import ExperimentSettings, QuantizeSettings, load_experiment, validate
+from mixbits.pipeline.settings import ExperimentSettings, QuantizeSettings, load_experiment, portable, validate
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 RECIPE = {
@@ -63,6 +63,18 @@ def test_shipped_recipes_are_valid(path, monkeypatch):
     for name in ("MIXBITS_DEMO", "SWBD_DATA"):
         monkeypatch.setenv(name, "/data")
     assert load_experiment(path).rows
+
+
+def test_paths_in_results_name_the_variable_and_nothing_else_does(monkeypatch):
+    monkeypatch.setenv("MIXBITS_DATA", "/data/")
+    monkeypatch.setenv("MIXBITS_THREADS", "1")
+    given = {"train": ["/data/ptb/a.txt", "/database"], "valid": "/data", "specs": ("1-row-s8", "1.58", "1"), "epochs": 1}
+    assert portable(given) == {
+        "train": ["${MIXBITS_DATA}/ptb/a.txt", "/database"],
+        "valid": "${MIXBITS_DATA}",
+        "specs": ["1-row-s8", "1.58", "1"],
+        "epochs": 1,
+    }
 
 
 def test_unset_variable(recipe, monkeypatch):

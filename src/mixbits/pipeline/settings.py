@@ -275,8 +275,9 @@ def portable(data: Any) -> Any:
     if not isinstance(data, str):
         return data
     for name, value in os.environ.items():
-        if name.startswith("MIXBITS_") and value and data.startswith(value):
-            return f"${{{name}}}{data[len(value) :]}"
+        folder = value.rstrip(os.sep)  # a number of threads, say, is none
+        if name.startswith("MIXBITS_") and os.sep in value and (data == folder or data.startswith(folder + os.sep)):
+            return f"${{{name}}}{data[len(folder) :]}"
     return data
 
 
