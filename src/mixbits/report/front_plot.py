@@ -106,7 +106,7 @@ def draw_front(front: Mapping[str, Any], path: str | Path, *, measured: Sequence
             axes.plot(*zip(*points, strict=True), "D", ms=5, color=_MEASURED, label="measured after training")
         _scale(axes, [*learned, *uniform, *((m.bytes, m.nats) for m in measured)], front["full_bytes"])
         _labels(axes, [(_short(u["spec"]), at) for u, at in zip(front["uniform"], uniform, strict=True)], _UNIFORM)
-        _labels(axes, [(clip(m.name, 24), (m.bytes, m.nats)) for m in measured], _MEASURED)
+        _labels(axes, [(clip(m.name, 24), (m.bytes, m.nats)) for m in measured], _MEASURED, slanted=True)
         axes.set_ylabel("loss increase, nats per token")
         axes.set_title(f"Bytes against loss, {clip(str(front['measure']))} sensitivities", loc="left", weight="bold")
         axes.legend(frameon=False)
@@ -123,8 +123,13 @@ def _short(spec: str) -> str:
     return spec.removesuffix("-row").replace("-papers", "")
 
 
-def _labels(axes: Axes, points: Sequence[tuple[str, tuple[float, float]]], colour: str) -> None:
-    """A text beside each point, on the side with room; a point that lies upon the one before shares its text."""
+def _labels(
+    axes: Axes, points: Sequence[tuple[str, tuple[float, float]]], colour: str, *, slanted: bool = False
+) -> None:
+    """A text beside each point, on the side with room; a point that lies upon the one before shares its text.
+
+    ``slanted``: falling from below the point, so that texts of neighbours are parallel.
+    """
     low, high = axes.get_xlim()
     last, texts = None, dict[tuple[float, float], list[str]]()
     for text, at in sorted(points, key=lambda point: point[1]):
@@ -133,9 +138,10 @@ def _labels(axes: Axes, points: Sequence[tuple[str, tuple[float, float]]], colou
         texts.setdefault(last, []).append(text)
     for at, names in texts.items():
         right = at[0] < low * (high / low) ** 0.75
+        angle = (-60 if right else 60) if slanted else 0
         axes.annotate(
-            ", ".join(names), at, xytext=(6 if right else -6, 5), textcoords="offset points",
-            ha="left" if right else "right", fontsize=7.5, color=colour,
+            ", ".join(names), at, xytext=(6 if right else -6, -8 if slanted else 5), textcoords="offset points",
+            ha="left" if right else "right", rotation=angle, rotation_mode="anchor", fontsize=7.5, color=colour,
         )  # fmt: skip
 
 
