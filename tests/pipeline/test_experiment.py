@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from mixbits.pipeline.manifest import verify_manifest
 from mixbits.pipeline.measuring import Measuring, prototype_rows
 from mixbits.pipeline.rows import TrainedRow
 from mixbits.pipeline.settings import ExperimentSettings, load_experiment
-from mixbits.pipeline.summarize import equal_bytes, equal_bytes_rows
+from mixbits.pipeline.summarize import _bit_notes, equal_bytes, equal_bytes_rows
 from mixbits.runs import read_json, read_summary
+from mixbits.spec import BitAllocation, QuantSpec
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 TRAIN = {"batch_size": 8, "context": 16, "precision": "float32"}
@@ -393,6 +395,26 @@ def test_the_first_uniform_row_with_the_default_settings_is_the_prototype(texts)
     assert [row.name for row in sorted(settings.rows, key=experiment._turn)][-2:] == ["started", "learned"]
     with pytest.raises(SpecError, match="prototypes are trained uniform rows"):
         Measuring(settings, None, None, None, Path(), {"four": trained["four"]}).uniform_rows()
+
+
+def test_what_is_doubtful_of_measuring_and_solving_is_noted():
+    facts = {
+        "unused_bytes": 7,
+        "next_larger": {"bytes": 1007, "predicted_loss_increase_nats": 0.25, "proved_smallest": True},
+        "negative_sensitivities_clamped_to_zero": ["fc1", "fc2"],
+    }
+    found = SimpleNamespace(
+        measured={"hessian": SimpleNamespace(provenance={"warnings": ["one probe: the standard error is unknown"]})},
+        allocations={
+            "uniform-1": BitAllocation({"fc1": QuantSpec(1)}),
+            "learned": BitAllocation({"fc1": QuantSpec(1)}, facts),
+        },
+    )
+    assert _bit_notes(found) == [
+        "hessian: one probe: the standard error is unknown.",
+        "learned: 7 bytes stay unused; the next size that helps is 1,007 bytes (0.25 nats).",
+        "learned: 2 unit(s) with a negative sensitivity counted as 0: fc1, fc2.",
+    ]
 
 
 def test_every_measure_learns_bits_and_seeds_are_averaged(texts, tmp_path):

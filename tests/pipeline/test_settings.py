@@ -68,7 +68,12 @@ def test_shipped_recipes_are_valid(path, monkeypatch):
 def test_paths_in_results_name_the_variable_and_nothing_else_does(monkeypatch):
     monkeypatch.setenv("MIXBITS_DATA", "/data/")
     monkeypatch.setenv("MIXBITS_THREADS", "1")
-    given = {"train": ["/data/ptb/a.txt", "/database"], "valid": "/data", "specs": ("1-row-s8", "1.58", "1"), "epochs": 1}
+    given = {
+        "train": ["/data/ptb/a.txt", "/database"],
+        "valid": "/data",
+        "specs": ("1-row-s8", "1.58", "1"),
+        "epochs": 1,
+    }
     assert portable(given) == {
         "train": ["${MIXBITS_DATA}/ptb/a.txt", "/database"],
         "valid": "${MIXBITS_DATA}",

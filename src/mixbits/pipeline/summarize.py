@@ -15,6 +15,7 @@ from mixbits.lm.perplexity import Perplexity, from_nll, paired_difference
 from mixbits.pipeline.prepare import PreparedText
 from mixbits.pipeline.rows import TrainedRow
 from mixbits.pipeline.settings import ExperimentSettings, QuantizeSettings, Row, portable
+from mixbits.quant.allocate import allocation_notes
 from mixbits.quant.measures.agreement import rank_agreement
 from mixbits.quant.sensitivity import Sensitivities
 from mixbits.runs import versions
@@ -249,6 +250,7 @@ def summarize(settings: ExperimentSettings, found: Finished, command: str) -> di
             f"Test perplexity: sliding window of {settings.model.context} tokens, stride {max(1, settings.model.context // 2)}, float32, "
             "models loaded back from disk; standard errors over sentences.",
             *_seed_notes(settings),
+            *_bit_notes(found),
             *(speech or {}).get("notes", []),
         ],
         "settings": portable(settings.model_dump()),
@@ -264,6 +266,13 @@ def _seed_notes(settings: ExperimentSettings) -> list[str]:
         "sensitivities and words are those of the first. delta_nats_seed_stderr is the standard error over seeds; "
         "verdicts and the report's sentences take it and that over sentences in quadrature."
     ]
+
+
+def _bit_notes(found: Finished) -> list[str]:
+    """Warnings of the measuring, and what each learned row's budget left over and which units were counted as 0."""
+    warnings = [f"{n}: {w}." for n, m in found.measured.items() for w in m.provenance.get("warnings", ())]
+    solved = {n: a for n, a in found.allocations.items() if "next_larger" in a.provenance}
+    return [*warnings, *(f"{n}: {note}." for n, a in solved.items() for note in allocation_notes(a))]
 
 
 def measure_facts(measured: Mapping[str, Sensitivities]) -> dict[str, Any]:
