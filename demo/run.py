@@ -1,4 +1,4 @@
-"""``make demo``: the whole line on data made on the spot, in 10 to 20 minutes on two cores.
+"""``make demo``: the whole line on data made on the spot, in 10 to 25 minutes on two cores.
 
 Text: Python's own documentation. Speech: held-out sentences spoken by espeak-ng and recognized by pocketsphinx with a
 trigram of the training sentences. Then the recipe ``recipes/demo.yaml``: full precision, trained on, uniform bits and learned
