@@ -134,12 +134,14 @@ class BitAllocation:
             )
 
     @classmethod
-    def uniform(cls, inventory: ModelInventory, spec: QuantSpec) -> BitAllocation:
-        """The same spec for every unit, but 4 bits a position at least.
+    def uniform(cls, inventory: ModelInventory, spec: QuantSpec, *, everywhere: bool = False) -> BitAllocation:
+        """The same spec for every unit, but 4 bits a position at least; ``everywhere``: position tables too.
 
         Tables of learned positions are tiny and the papers keep them in full precision: below 4 bits they get ``4``, with
         scales of as many bits.
         """
+        if everywhere:
+            return cls({u.name: spec for u in inventory.units}, {"method": f"uniform {spec}, position tables too"})
         positions = QuantSpec(4, scale_bits=spec.scale_bits) if spec.bit_width < 4 else spec
         specs = {u.name: positions if u.is_position_table else spec for u in inventory.units}
         return cls(specs, {"method": f"uniform {spec}"})

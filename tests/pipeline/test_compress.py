@@ -263,9 +263,7 @@ def test_the_guard_says_so_where_there_is_nothing_to_compare_with(tmp_path, trai
 def run_size(model, spec):
     """Bytes of the file with everything, position tables too, at one spec."""
     inventory = find_units(load_model(model)[0])
-    return predicted_bytes(
-        inventory, BitAllocation(dict.fromkeys((u.name for u in inventory.units), QuantSpec.parse(spec)))
-    )
+    return predicted_bytes(inventory, BitAllocation.uniform(inventory, QuantSpec.parse(spec), everywhere=True))
 
 
 def test_the_guard_compares_on_a_single_sentence_without_a_standard_error(tmp_path, trained, texts):

@@ -13,8 +13,9 @@ from mixbits.pipeline.search_settings import SearchSettings
 from mixbits.pipeline.settings import validate
 from mixbits.quant.allocate import allocate
 from mixbits.quant.sensitivity import read_sensitivities, write_sensitivities
+from mixbits.quant.supernet import SuperNet
 from mixbits.quant.units import find_units
-from mixbits.spec import BitAllocation, QuantSpec, predicted_bytes
+from mixbits.spec import BitAllocation, QuantSpec, parse_specs, predicted_bytes
 
 SETTINGS = SearchSettings(
     relaxation="softmax",
@@ -174,3 +175,19 @@ def test_other_ways_to_search(trained, streams, budget, tmp_path, changes):
     if settings.granularity == "sublayer":
         for group in found.preferences.groups:
             assert len({found.integer_program.specs[name] for name in group}) == 1
+
+
+def test_a_held_out_loss_that_is_not_finite_names_the_layer(trained, streams):
+    model = load_model(trained)[0]
+    inventory = find_units(model)
+    _, blocks = split_blocks(streams[0], context=16, share=0.1)
+    loss = HeldOutLoss(blocks, batch_size=2, precision=torch.float32, seed=1)
+    most = predicted_bytes(inventory, BitAllocation.uniform(inventory, QuantSpec(2)))
+    net = SuperNet(model, inventory, parse_specs(["1", "2", "4"]), max_bytes=most, held_out_loss=loss, arch_every=1)
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc2.bias.fill_(float("inf"))
+    with pytest.raises(
+        DataError,
+        match=r"held-out loss is nan at architecture step 1; first not finite: the weights \S+fc2\.bias; expected",
+    ):
+        net.after_step(model, 1, 10)

@@ -11,7 +11,8 @@ Limits: a value that is only bad with dropout on is reported without a layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,17 @@ def first_bad_parameter(named: Iterable[tuple[str, torch.Tensor]]) -> str | None
     return next((name for name, tensor in named if not _finite(tensor.detach())), None)
 
 
+@contextmanager
+def _hooked(named: Iterable[tuple[str, nn.Module]], look: Callable[[str], Any]) -> Iterator[None]:
+    """Within it every module's output goes to the forward hook that ``look`` makes for its name."""
+    hooks = [module.register_forward_hook(look(name)) for name, module in named]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def first_bad_module(model: Any, inputs: torch.Tensor) -> str | None:
     """Name of the first module in the forward pass of ``inputs`` (B, T) whose output is not finite, or None."""
@@ -50,16 +62,11 @@ def first_bad_module(model: Any, inputs: torch.Tensor) -> str | None:
 
         return hook
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    try:
-        with evaluation_mode(model):
-            for row in inputs:
-                model(input_ids=row[None], use_cache=False)
-                if found:
-                    return found[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with _hooked([(name, module) for name, module in model.named_modules() if name], look), evaluation_mode(model):
+        for row in inputs:
+            model(input_ids=row[None], use_cache=False)
+            if found:
+                return found[0]
     return None
 
 
@@ -76,13 +83,8 @@ def describe_largest(model: Any, inputs: torch.Tensor) -> str:
         return hook
 
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
-    try:
-        with evaluation_mode(model):
-            model(input_ids=inputs, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with _hooked(leaves, look), evaluation_mode(model):
+        model(input_ids=inputs, use_cache=False)
     name = max(found, key=lambda n: found[n])
     return f"; largest output: that of {name} (root mean square {found[name]:.3g})"
 

@@ -150,23 +150,11 @@ def _run(job: _Job, request: str, *, guard: bool, archive: bool) -> Compressed:
     """Measure, allocate, make the models, copy the winner to its place, and note what was done."""
     sensitivities = _measured(job)
     learned = allocate(job.inventory, sensitivities, max_bytes=job.budget)
-    allocation, row, record = learned, _made(job, learned, "learned bits"), dict[str, Any]()
+    allocation, row = learned, _made(job, learned, "learned bits")
+    notes: dict[str, Any] = {"notes": [*sensitivities.provenance.get("warnings", ()), *allocation_notes(learned)]}
     if guard:
-        rivals = uniform_allocations(job.inventory, parse_specs(job.measure.specs), job.budget)
-        if not rivals:
-            record["guard"] = f"no uniform bits fit {job.budget:,} bytes; the learned bits stand"
-        elif rivals[0].specs == learned.specs:
-            record["guard"] = f"the learned bits are uniform ones: {rivals[0].provenance['method']}"
-        else:
-            other = _made(job, rivals[0], "uniform bits")
-            name = str(rivals[0].provenance["method"])
-            verdict = _compare(row, other, name, job.held_out, job.context, job.budget)
-            record["guard"] = verdict.sentence
-            if not verdict.is_learned:
-                row, allocation = other, rivals[0]
-    record = (
-        row.record | record | {"notes": [*sensitivities.provenance.get("warnings", ()), *allocation_notes(learned)]}
-    )
+        allocation, row, notes["guard"] = _guarded(job, learned, row)
+    record = row.record | notes
     write_json(job.work / "allocation.json", allocation.to_json())
     _copy_directory(row.model, job.output, job.work, archive=archive)
     result = {"request": request, "weights_sha256": model_hash(job.output)}
@@ -182,6 +170,19 @@ def _run(job: _Job, request: str, *, guard: bool, archive: bool) -> Compressed:
         allocations={"learned": learned, "packed": allocation},
     )
     return _result(job.output, allocation, record)
+
+
+def _guarded(job: _Job, learned: BitAllocation, row: TrainedRow) -> tuple[BitAllocation, TrainedRow, str]:
+    """The learned bits, or the largest uniform ones that fit if those have less validation loss; and the verdict."""
+    rivals = uniform_allocations(job.inventory, parse_specs(job.measure.specs), job.budget)
+    if not rivals:
+        return learned, row, f"no uniform bits fit {job.budget:,} bytes; the learned bits stand"
+    uniform, name = rivals[0], str(rivals[0].provenance["method"])
+    if uniform.specs == learned.specs:
+        return learned, row, f"the learned bits are uniform ones: {name}"
+    other = _made(job, uniform, "uniform bits")
+    verdict = _compare(row, other, name, job.held_out, job.context, job.budget)
+    return (learned, row, verdict.sentence) if verdict.is_learned else (uniform, other, verdict.sentence)
 
 
 def _made(job: _Job, bits: BitAllocation, title: str) -> TrainedRow:

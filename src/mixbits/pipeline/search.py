@@ -9,7 +9,6 @@ The model is left with the weights of the search; train the allocation from the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -91,14 +90,11 @@ class HeldOutLoss:
         device = next(model.parameters()).device
         low = nullcontext() if self.precision == torch.float32 else torch.autocast(device.type, self.precision)
         with evaluation_mode(model), low:
-            rows = self.batch(index).to(device)
-            loss = training_loss(model, rows)
-            if not math.isfinite(value := float(loss.detach())):
-                raise DataError(
-                    f"held-out loss is {value} at architecture step {index + 1}{describe_forward(model, rows[:, :-1])}; expected a "
-                    "finite value: search again with a lower learning rate (the training checkpoints so far are kept)"
-                )
-        return loss
+            return training_loss(model, self.batch(index).to(device))
+
+    def place(self, model: Any, index: int) -> str:
+        """Where the forward pass of that batch goes wrong."""
+        return describe_forward(model, self.batch(index)[:, :-1].to(next(model.parameters()).device))
 
 
 def search_precisions(

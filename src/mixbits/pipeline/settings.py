@@ -120,7 +120,7 @@ class QuantizeSettings(_Frozen):
 class MeasureSettings(_Frozen):
     """Sensitivities: which measure, and the blocks of training text it is taken on; probes are the Hessian's."""
 
-    measure: Literal["hessian", "fisher", "kl", "loss"] = "fisher"
+    measure: Measure = "fisher"
     num_probes: int = Field(50, ge=1)
     num_blocks: int = Field(32, ge=1)
     micro_batch: int = Field(4, ge=1)

@@ -98,9 +98,8 @@ def uniform_allocations(
     """
     found = []
     for spec in dict.fromkeys(specs):
-        usual = BitAllocation.uniform(inventory, spec)
-        same = BitAllocation(dict.fromkeys(usual.specs, spec), {"method": f"uniform {spec}, position tables too"})
-        for allocation in (usual, same):
+        for everywhere in (False, True):
+            allocation = BitAllocation.uniform(inventory, spec, everywhere=everywhere)
             size = predicted_bytes(inventory, allocation)
             if size <= max_bytes:
                 facts = {"predicted_bytes": size, "compression_ratio": compression_ratio(inventory, size)}

@@ -138,8 +138,8 @@ class Problem:
         """
         found = []
         for spec in sorted({s for c in self.candidates for s in c}, key=_by_width):
-            usual = BitAllocation.uniform(self.inventory, spec).specs
-            for wanted in (usual, dict.fromkeys(usual, spec)):
+            for everywhere in (False, True):
+                wanted = BitAllocation.uniform(self.inventory, spec, everywhere=everywhere).specs
                 choice = self._choice({**wanted, **self.fixed})
                 if choice is not None:
                     found.append((spec, choice))

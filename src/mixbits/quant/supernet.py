@@ -23,7 +23,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -50,6 +50,14 @@ the mixture, the probabilities are no longer alike, and the marginals rank units
 _SHARP = 0.99
 _NO_ENTROPY = 0.05  # share of the largest entropy
 _logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class NamesThePlace(Protocol):
+    """A held-out loss that can say where its forward pass goes wrong."""
+
+    def place(self, model: nn.Module, index: int) -> str:
+        """Asked where the loss of architecture step ``index`` is not finite, the mixture in place: '; first not finite: ...'."""
 
 
 class SuperNet:
@@ -252,9 +260,12 @@ class SuperNet:
             loss = self.held_out_loss(model, self.arch_steps)
             value = float(loss.detach())
             if not math.isfinite(value):
+                where = ""
+                if isinstance(self.held_out_loss, NamesThePlace):
+                    where = self.held_out_loss.place(model, self.arch_steps)
                 raise DataError(
-                    f"held-out loss is {value} at architecture step {self.arch_steps + 1}; expected a finite value: search again "
-                    "with a lower learning rate"
+                    f"held-out loss is {value} at architecture step {self.arch_steps + 1}{where}; expected a finite value: search "
+                    "again with a lower learning rate (the training checkpoints so far are kept)"
                 )
             wanted: list[torch.Tensor] = [*self._parameters(), *([] if self._shown is None else [self._shown])]
             found = torch.autograd.grad(loss, wanted, allow_unused=True)
